@@ -1,0 +1,299 @@
+r"""The mathematics of Batch Renormalization, without state.
+
+Source: S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
+https://arxiv.org/abs/1702.03275, Algorithm 1 and section 3.
+
+Batch Renorm is Batch Norm with a weight and a bias of its own for each batch,
+
+.. math:: y = \hat x \, (\gamma r) + (\gamma d + \beta), \qquad \hat x = (x - \mu_B) / \sigma_B,
+
+so torch's own kernels do the work: one pass for the statistics, one for the transform, and Batch Norm's own
+backward with the weight :math:`\gamma r`. With :math:`g_w, g_b` what that returns for weight and bias,
+:math:`\partial\gamma = r g_w + d g_b` and :math:`\partial\beta = g_b`. Where a device lacks those kernels, or
+a transform of torch (compile, export, func, forward-mode AD) must see through the function, the same formula
+is written in public operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["STATS", "batch_renorm"]
+
+STATS = ("sigma", "var")
+"""What is averaged over the batches: the paper's sigma, or the unbiased variance of torch's BatchNorm."""
+
+
+def batch_renorm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.01,
+    eps: float = 1e-5,
+    *,
+    r_max: float | Tensor = 3.0,
+    d_max: float | Tensor = 5.0,
+    stat: str = "sigma",
+    mask: Tensor | None = None,
+    rejected: Tensor | None = None,
+) -> Tensor:
+    r"""Applies Batch Renormalization over each channel of a batch.
+
+    In training, with :math:`\sigma = \sqrt{\text{running\_var} + \epsilon}` (Algorithm 1 of the paper):
+
+    .. math::
+        r = \mathrm{clip}(\sigma_B / \sigma,\ 1 / r_{max},\ r_{max}), \quad
+        d = \mathrm{clip}((\mu_B - \mu) / \sigma,\ -d_{max},\ d_{max}), \quad
+        y = \gamma \left(\frac{x - \mu_B}{\sigma_B} r + d\right) + \beta
+
+    with r and d held constant in the gradient. Then the running statistics move **in place**, as in
+    :func:`torch.nn.functional.batch_norm`. In evaluation it *is* :func:`torch.nn.functional.batch_norm`.
+
+    Args:
+        input: :math:`(N, C, *)`, floating point.
+        running_mean: :math:`(C)`, float32 (float64 for a float64 input); moved in place.
+        running_var: :math:`(C)`, likewise; :math:`\sigma^2 - \epsilon`.
+        weight: :math:`\gamma`, :math:`(C)`, or None for one.
+        bias: :math:`\beta`, :math:`(C)`, or None for zero.
+        training: whether to normalise by the batch, corrected, or by the running statistics.
+        momentum: :math:`\alpha`, the share of the batch in the running statistics; a float or scalar tensor.
+        eps: added to a variance inside the root.
+        r_max: at least 1; a float or a float32 scalar tensor.
+        d_max: at least 0; a float or a float32 scalar tensor.
+        stat: ``"sigma"`` averages :math:`\sigma` as in the paper, ``"var"`` the unbiased variance.
+        mask: bool, :math:`(N, *)` or broadcastable to it, True where the input is valid. Statistics are those
+            of the valid positions; the others come out as zero and pass no gradient.
+        rejected: an int64 scalar tensor, increased in place when the batch holds inf or NaN and therefore
+            leaves the running statistics as they were.
+
+    Returns:
+        A tensor of the shape and dtype of ``input``.
+
+    A batch with one value per channel leaves ``running_var`` alone (its spread says nothing), an empty batch
+    leaves both statistics alone.
+
+    Raises:
+        ValueError: for an input of fewer than two dimensions, missing running statistics, an unknown
+            ``stat``, or limits out of range.
+        RuntimeError: for statistics, weight or bias whose size is not the number of channels.
+    """
+    _check(input, running_mean, running_var, weight, bias, r_max, d_max, stat)
+    if not training or input.numel() == 0:
+        # The kernels want weight and bias in the dtype of the statistics; .half() leaves those in float32.
+        weight = None if weight is None else weight.to(running_mean.dtype)
+        bias = None if bias is None else bias.to(running_mean.dtype)
+        output = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+        return output if mask is None else output.masked_fill(~_positions(mask, input), 0)
+
+    with torch.no_grad():
+        mean, var, m = _batch_statistics(input.detach(), mask)
+        mu, sigma = running_mean.to(mean.dtype), (running_var.to(mean.dtype) + eps).sqrt()
+        sigma_b = (var + eps).sqrt()
+        r = (sigma_b / sigma).clamp(1 / r_max, r_max)  # type: ignore[arg-type]
+        d = ((mean - mu) / sigma).clamp(-d_max, d_max)  # type: ignore[arg-type]
+
+        finite = torch.isfinite(mean + var).all()
+        informative = finite if mask is None else finite & (m > 0)
+        running_mean.copy_(torch.lerp(mu, torch.where(informative, mean, mu), momentum))
+        if mask is not None or m > 1:
+            informative = informative if mask is None else finite & (m > 1)
+            running_var.copy_(_moved_var(running_var, var, m, sigma, sigma_b, informative, momentum, stat))
+        if rejected is not None:
+            rejected.add_(~finite)
+
+    if mask is None and _native_kernels_serve(input):
+        return _BatchRenorm.apply(input, weight, bias, mean, var, r, d, eps)  # type: ignore[no-any-return]
+    return _composite(input, weight, bias, r, d, eps, mask)
+
+
+def _check(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    stat: str,
+) -> None:
+    if input.dim() < 2:
+        raise ValueError(f"expected an input of at least 2 dimensions (got {input.dim()}D input)")
+    if running_mean is None or running_var is None:
+        raise ValueError("batch_renorm needs running_mean and running_var: r and d are relative to them")
+    for name, value in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if value is not None and value.numel() != input.shape[1]:
+            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {value.numel()}")
+    if stat not in STATS:
+        raise ValueError(f"stat must be one of {STATS} (got {stat!r})")
+    check_limits(r_max, d_max)
+
+
+def check_limits(r_max: float | Tensor, d_max: float | Tensor) -> None:
+    """Raises ValueError where a limit given as a number is out of range; tensors are not read."""
+    if not isinstance(r_max, Tensor) and not r_max >= 1:
+        raise ValueError(f"r_max must be at least 1 (got {r_max})")
+    if not isinstance(d_max, Tensor) and not d_max >= 0:
+        raise ValueError(f"d_max must be at least 0 (got {d_max})")
+
+
+def _reduced_dims(input: Tensor) -> list[int]:
+    return [0, *range(2, input.dim())]
+
+
+def _positions(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask over (N, *), as one that broadcasts over (N, C, *)."""
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be of dtype torch.bool, True where the input is valid (got {mask.dtype})"
+        )
+    return mask.expand(input.shape[0], *input.shape[2:]).unsqueeze(1)
+
+
+def _batch_statistics(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+    """Mean and biased variance per channel in float32 or float64, and the number of values in each."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    if mask is not None:
+        positions = _positions(mask, input)
+        m = positions.sum()
+        share = positions.to(dtype) / m.clamp(min=1)
+        values = input.to(dtype).masked_fill(~positions, 0)
+        mean = (values * share).sum(_reduced_dims(input))
+        centred = (values - _per_channel(mean, input)) * positions
+        return mean, (centred.square() * share).sum(_reduced_dims(input)), m
+    count = input.numel() // input.shape[1]
+    if _native_kernels_serve(input):
+        # The kernel also moves the running statistics it is given; they decide the dtype of its result.
+        scratch = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
+        mean, var = torch.batch_norm_update_stats(input, scratch, torch.zeros_like(scratch), 0.0)
+        return mean, var, count
+    var, mean = torch.var_mean(input.to(dtype), _reduced_dims(input), correction=0)
+    return mean, var, count
+
+
+def _moved_var(
+    running_var: Tensor,
+    var: Tensor,
+    m: Any,
+    sigma: Tensor,
+    sigma_b: Tensor,
+    informative: Tensor,
+    momentum: float | Tensor,
+    stat: str,
+) -> Tensor:
+    """``running_var`` after the batch.
+
+    For the sigma-average, (sigma + step)^2 - eps is written as running_var + step * (2 sigma + step): the
+    same number, without losing the digits of a running_var far below eps.
+    """
+    old = running_var.to(var.dtype)
+    if stat == "var":
+        return torch.lerp(old, torch.where(informative, var * (m / (m - 1)), old), momentum)
+    step = (torch.where(informative, sigma_b, sigma) - sigma) * momentum
+    return torch.addcmul(old, step, torch.add(step, sigma, alpha=2)).clamp_(min=0)
+
+
+def _per_channel(value: Tensor, input: Tensor) -> Tensor:
+    return value.view(1, -1, *(1,) * (input.dim() - 2))
+
+
+def _composite(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    r: Tensor,
+    d: Tensor,
+    eps: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """Batch Norm with this batch's weight and bias, in public operations: r and d carry no gradient."""
+    scale = r if weight is None else weight * r
+    shift = d if weight is None else weight * d
+    shift = shift if bias is None else shift + bias
+    if mask is None:
+        return torch.batch_norm(input, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+    positions = _positions(mask, input)
+    mean, var, _ = _batch_statistics(input, mask)
+    normalised = (input - _per_channel(mean, input)) * _per_channel((var + eps).rsqrt(), input)
+    output = normalised * _per_channel(scale, input) + _per_channel(shift, input)
+    return output.to(input.dtype).masked_fill(~positions, 0)
+
+
+@functools.cache
+def _has_native_kernels(device_type: str) -> bool:
+    key = torch._C._dispatch_key_for_device(device_type)
+    return all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
+        for name in ("batch_norm_update_stats", "native_batch_norm", "native_batch_norm_backward")
+    )
+
+
+def _native_kernels_serve(input: Tensor) -> bool:
+    """Whether the device has the kernels, and nothing must see through them."""
+    return (
+        not torch.compiler.is_compiling()
+        and _has_native_kernels(input.device.type)
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+class _BatchRenorm(torch.autograd.Function):
+    """The transform and its gradient (section 3 of the paper) by Batch Norm's kernels.
+
+    The statistics given are those of the input, so the backward is that of training mode, which
+    differentiates through them, and is itself differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        r: Tensor,
+        d: Tensor,
+        eps: float,
+    ) -> Tensor:
+        scale = r if weight is None else weight * r
+        shift = d if weight is None else weight * d
+        shift = shift if bias is None else shift + bias
+        output: Tensor = torch.native_batch_norm(input, scale, shift, mean, var, False, 0.0, eps)[0]
+        ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt(), r, d)
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, invstd, r, d = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        scale = r if weight is None else weight * r
+        grad_input, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
+            grad_output,
+            input,
+            scale,
+            None,
+            None,
+            mean,
+            invstd,
+            True,
+            ctx.eps,
+            [needs_input, needs_weight, needs_weight or needs_bias],
+        )
+        grad_weight = r * grad_scale + d * grad_shift if needs_weight else None
+        return grad_input, grad_weight, grad_shift if needs_bias else None, None, None, None, None, None

@@ -1,0 +1,281 @@
+"""Batch Renorm layers: BatchNorm's state, BatchNorm's evaluation, the paper's training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from renormify.errors import RenormifyWarning
+from renormify.functional import STATS, batch_renorm, check_limits
+
+__all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d", "is_batch_renorm"]
+
+
+def _is_proxy(input: object) -> bool:
+    return isinstance(input, torch.fx.Proxy)
+
+
+class _BatchRenorm(_NormBase):
+    """What the layers share; a leaf says only which inputs it takes.
+
+    Derived from ``_NormBase`` and not from ``_BatchNorm``: ``convert_sync_batchnorm`` turns every instance of
+    the latter into a plain SyncBatchNorm without a word.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    _r_max: Tensor
+    _d_max: Tensor
+    _rejected: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        *,
+        bias: bool = True,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        stat: str = "sigma",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias)
+        self.init_renorm(r_max, d_max, stat)
+
+    def init_renorm(self, r_max: float, d_max: float, stat: str) -> None:
+        """Sets what Batch Renorm has beyond BatchNorm's state; none of it enters the state dict.
+
+        Raises:
+            ValueError: for an unknown ``stat`` or limits out of range.
+        """
+        if stat not in STATS:
+            raise ValueError(f"stat must be one of {STATS} (got {stat!r})")
+        check_limits(r_max, d_max)
+        self.stat = stat
+        self._limits = {"r_max": float(r_max), "d_max": float(d_max)}
+        self._warned: frozenset[str] = frozenset()
+        device = self.running_mean.device
+        for name, limit in self._limits.items():
+            self.register_buffer(f"_{name}", torch.full((), limit, device=device), persistent=False)
+        rejected = torch.zeros((), dtype=torch.int64, device=device)
+        self.register_buffer("_rejected", rejected, persistent=False)
+
+    def end_renorm(self) -> None:
+        """Takes away what :meth:`init_renorm` added; statistics follow a weight in half precision again."""
+        for name in ("_r_max", "_d_max", "_rejected"):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        for name in ("stat", "_limits", "_warned"):
+            del self.__dict__[name]
+        if self.weight is not None and self.weight.dtype.itemsize < 4:
+            self.running_mean = self.running_mean.to(self.weight.dtype)
+            self.running_var = self.running_var.to(self.weight.dtype)
+
+    @property
+    def r_max(self) -> float:
+        """The largest r, and the inverse of the smallest; at least 1."""
+        return self._limits["r_max"]
+
+    @r_max.setter
+    def r_max(self, value: float) -> None:
+        check_limits(value, 0.0)
+        self._set_limit("r_max", value)
+
+    @property
+    def d_max(self) -> float:
+        """The largest absolute d; at least 0."""
+        return self._limits["d_max"]
+
+    @d_max.setter
+    def d_max(self, value: float) -> None:
+        check_limits(1.0, value)
+        self._set_limit("d_max", value)
+
+    def _set_limit(self, name: str, value: float) -> None:
+        self._limits[name] = float(value)
+        self._buffers[f"_{name}"].fill_(value)  # type: ignore[union-attr]
+
+    @property
+    def rejected_batches(self) -> Tensor:
+        """How many batches held inf or NaN and so left the statistics alone: an int64 scalar."""
+        return self._rejected
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalises ``input``; see :func:`renormify.functional.batch_renorm` for ``mask``."""
+        if _is_proxy(input):
+            # Any FX tracer keeps the layer whole, so that train() and eval() keep their meaning.
+            tracer: Any = input.tracer  # type: ignore[attr-defined]
+            path = tracer.path_of_module(self)
+            args = (input,) if mask is None else (input, mask)
+            return tracer.create_proxy("call_module", path, args, {})  # type: ignore[no-any-return]
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        momentum: float | Tensor = 0.0
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            momentum = self._momentum_of_batch()
+            self._warn_of_few_values(input)
+        # A compiled graph reads the limits from memory, so that moving them does not recompile it.
+        compiling = torch.compiler.is_compiling()
+        return batch_renorm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            momentum,
+            self.eps,
+            r_max=self._r_max if compiling else self.r_max,
+            d_max=self._d_max if compiling else self.d_max,
+            stat=self.stat,
+            mask=mask,
+            rejected=self._rejected,
+        )
+
+    def _momentum_of_batch(self) -> float | Tensor:
+        if self.momentum is not None:
+            return self.momentum
+        tracked = self.num_batches_tracked - self._rejected
+        return tracked.clamp(min=1).to(self.running_mean.dtype).reciprocal()
+
+    def _warn_of_few_values(self, input: Tensor) -> None:
+        if torch.compiler.is_compiling() or input.numel() > 2 * self.num_features or input.numel() == 0:
+            return
+        m = input.numel() // self.num_features
+        effect = "its output does not depend on the input" if m == 1 else "the gradient all but vanishes"
+        self._warn_once(
+            "few values",
+            f"{type(self).__name__} trains on {m} value{'s' * (m > 1)} per channel: {effect}. "
+            "Use larger batches or inputs, or freeze this layer's statistics.",
+        )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned |= {kind}
+            warnings.warn(message, RenormifyWarning, stacklevel=3)
+
+    def train(self, mode: bool = True) -> _BatchRenorm:
+        """Sets the mode; on leaving training, warns of rejected batches: here the host may look."""
+        if self.training and not mode and not self._rejected.is_meta and int(self._rejected) > 0:
+            self._warn_once(
+                "rejected",
+                f"{type(self).__name__} saw inf or NaN in {int(self._rejected)} batches; "
+                "they left its running statistics as they were.",
+            )
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchRenorm:
+        """Moves and casts as any module, but statistics and limits stay in float32.
+
+        Statistics in half precision would stand still: a step of momentum 0.01 is below its rounding.
+        """
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("running_mean", "running_var"):
+            old, new = before[name], self._buffers[name]
+            if old is not None and new is not None and new.dtype.itemsize < 4 <= old.dtype.itemsize:
+                self._buffers[name] = old.to(new.device, torch.float32)
+        for name, limit in self._limits.items():
+            moved = self._buffers[f"_{name}"].to(torch.float32)  # type: ignore[union-attr]
+            self._buffers[f"_{name}"] = moved.fill_(limit)
+        if before["_rejected"].is_meta:  # type: ignore[union-attr]
+            self._rejected.zero_()
+        else:
+            self._rejected.copy_(before["_rejected"])  # type: ignore[arg-type]
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"bias={self.bias is not None}, r_max={self.r_max}, d_max={self.d_max}, stat={self.stat!r}"
+        )
+
+
+_DOC = r"""Applies Batch Renormalization over a {dims} input.
+
+    Method described in the paper `Batch Renormalization: Towards Reducing Minibatch Dependence in
+    Batch-Normalized Models <https://arxiv.org/abs/1702.03275>`__ (Ioffe, 2017), Algorithm 1.
+
+    .. math::
+
+        y = \gamma \left( \frac{{x - \mu_B}}{{\sigma_B}} r + d \right) + \beta, \quad
+        r = \mathrm{{clip}}\left(\frac{{\sigma_B}}{{\sigma}}, \frac{{1}}{{r_{{max}}}}, r_{{max}}\right), \quad
+        d = \mathrm{{clip}}\left(\frac{{\mu_B - \mu}}{{\sigma}}, -d_{{max}}, d_{{max}}\right)
+
+    in training, with r and d held constant in the gradient; in evaluation it is BatchNorm,
+    :func:`torch.nn.functional.batch_norm` on the running statistics. The state dict is BatchNorm's too:
+    ``weight``, ``bias``, ``running_mean``, ``running_var`` (:math:`\sigma^2 - \epsilon`) and
+    ``num_batches_tracked``, and loads strictly in both directions. ``r_max`` and ``d_max`` are attributes
+    that may be set at any time.
+
+    Args:
+        num_features: number of channels :math:`C` of the input.
+        eps: a value added to the variance inside the root. Default: 1e-5
+        momentum: the share :math:`\alpha` of each batch in the running statistics, or None for a cumulative
+            average. Default: 0.01, the paper's
+        affine: whether the layer has a learnable ``weight`` and ``bias``. Default: True
+        bias: with ``affine``, whether it has the ``bias``. Default: True
+        r_max: at least 1; 1 with ``d_max=0`` is BatchNorm. Default: 3.0
+        d_max: at least 0. Default: 5.0
+        stat: ``"sigma"`` averages :math:`\sigma_B`, the paper's rule; ``"var"`` the unbiased variance, as
+            torch's BatchNorm does, for training with very few values per channel. Default: ``"sigma"``
+        device: where parameters and statistics live.
+        dtype: of parameters and statistics.
+
+    Shape:
+        - Input: {shape}
+        - Output: the input's shape and dtype
+
+    Raises:
+        ValueError: for limits out of range, an unknown ``stat``, or an input of other dimensions.
+
+    Examples::
+
+        >>> layer = {name}(100)
+        >>> layer.r_max = 2.0
+        >>> output = layer(torch.randn({example}))
+    """
+
+
+def _documented(dims: str, shape: str, example: str) -> Callable[[type], type]:
+    def document(cls: type) -> type:
+        cls.__doc__ = _DOC.format(dims=dims, shape=shape, example=example, name=cls.__name__)
+        return cls
+
+    return document
+
+
+def is_batch_renorm(module: nn.Module) -> TypeGuard[_BatchRenorm]:
+    """Whether a module is a Batch Renorm layer."""
+    return isinstance(module, _BatchRenorm)
+
+
+@_documented("2D or 3D", ":math:`(N, C)` or :math:`(N, C, L)`", "20, 100")
+class BatchRenorm1d(_BatchRenorm):  # noqa: D101
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (2, 3):
+            raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
+
+
+@_documented("4D", ":math:`(N, C, H, W)`", "20, 100, 35, 45")
+class BatchRenorm2d(_BatchRenorm):  # noqa: D101
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+
+
+@_documented("5D", ":math:`(N, C, D, H, W)`", "20, 100, 35, 45, 10")
+class BatchRenorm3d(_BatchRenorm):  # noqa: D101
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 5:
+            raise ValueError(f"expected 5D input (got {input.dim()}D input)")

@@ -1,0 +1,264 @@
+"""The rewriting of BatchNorm into Batch Renorm, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
+
+from renormify.errors import NothingToConvertError, UnsupportedModelError
+from renormify.layers import is_batch_renorm
+from renormify.rules import Momentum, Settings, convert_layer, refusal, revert_layer
+from renormify.sites import Site, find_sites
+from renormify.tracing import is_norm
+
+__all__ = ["Conversion", "Filter", "Report", "SiteReport", "convert", "renormify", "revert", "rewrite"]
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one BatchNorm.
+
+    Attributes:
+        name: the path of its module ("" for the root), or of the module whose forward calls the function.
+        kind: its class, or ``batch_norm()`` for a functional call.
+        action: ``"converted"`` or ``"skipped"``.
+        reason: why it was skipped; empty for a converted one.
+        channels: how many, None where that is not known.
+    """
+
+    name: str
+    kind: str
+    action: Literal["converted", "skipped"]
+    reason: str
+    channels: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every BatchNorm of a model, in the order of its module tree."""
+
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def converted(self) -> tuple[str, ...]:
+        """The names of the sites that are Batch Renorm now."""
+        return tuple(site.name for site in self.sites if site.action == "converted")
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The names of the sites that were left as they are."""
+        return tuple(site.name for site in self.sites if site.action == "skipped")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The names, and each site in full, as plain values."""
+        return {
+            "converted": list(self.converted),
+            "skipped": list(self.skipped),
+            "sites": [site.to_dict() for site in self.sites],
+        }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model, and what became of each of its BatchNorms."""
+
+    model: nn.Module
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report, as plain values."""
+        return self.report.to_dict()
+
+
+def convert(
+    model: nn.Module,
+    *,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    momentum: Momentum = 0.01,
+    stat: str = "sigma",
+    filter_fn: Filter | None = None,
+    include_frozen: bool = False,
+    inplace: bool = False,
+) -> Conversion:
+    r"""Turns every BatchNorm of a model into Batch Renorm, and reports on each.
+
+    Running statistics, weights and every other tensor stay what they were, so in evaluation nothing changes;
+    the state dict keeps its keys. In place, parameters stay the same objects: an optimizer built before goes
+    on working.
+
+    Args:
+        model: any module, or a GraphModule, which goes through the pass as a graph.
+        r_max: the layers' limit on r, at least 1. A pretrained model starts at the paper's final limits: its
+            statistics are good already, and without r and d its first steps would be BatchNorm's.
+        d_max: the layers' limit on d, at least 0.
+        momentum: the share :math:`\alpha` of each batch in the running statistics, None for a cumulative
+            average, or ``"keep"`` for each layer's own.
+        stat: ``"sigma"`` (the paper) or ``"var"``: see :class:`renormify.BatchRenorm2d`.
+        filter_fn: ``filter_fn(module, name) -> bool`` says which sites to convert; by default all.
+        include_frozen: also convert layers whose class is a frozen BatchNorm. None can be as yet: they are
+            reported as skipped.
+        inplace: convert the model itself rather than a copy.
+
+    Returns:
+        The converted model, of the class it was, and a report with every site, converted or skipped.
+
+    Raises:
+        NothingToConvertError: when no site is left to convert; the model is as it was.
+        UnsupportedModelError: for something other than a module, a scripted module, one that cannot be
+            copied, or a BatchNorm itself with ``inplace=True``.
+        InputError: for a setting out of range.
+    """
+    settings = Settings(r_max, d_max, momentum, stat)
+    _check_model(model)
+    verdicts = _judge(find_sites(model), filter_fn, include_frozen)
+    _require_some(model, verdicts)
+    target = _target(model, inplace)
+    _apply(target, verdicts, settings)
+    return Conversion(target, _report(verdicts))
+
+
+def renormify(
+    model: nn.Module,
+    *,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    momentum: Momentum = 0.01,
+    stat: str = "sigma",
+    filter_fn: Filter | None = None,
+    include_frozen: bool = False,
+    inplace: bool = False,
+) -> nn.Module:
+    """Turns every BatchNorm of a model into Batch Renorm; :func:`convert` without the report.
+
+    Examples::
+
+        >>> model = renormify(torchvision.models.resnet18(weights="DEFAULT"))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)  # and train at batch 2
+    """
+    return convert(
+        model,
+        r_max=r_max,
+        d_max=d_max,
+        momentum=momentum,
+        stat=stat,
+        filter_fn=filter_fn,
+        include_frozen=include_frozen,
+        inplace=inplace,
+    ).model
+
+
+def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Turns every Batch Renorm layer back into BatchNorm; weights and statistics stay, evaluation does too.
+
+    Each layer gets back the class and the momentum it had before it was converted.
+
+    Raises:
+        NothingToConvertError: when the model holds no Batch Renorm layer.
+        UnsupportedModelError: as for :func:`convert`.
+    """
+    _check_model(model)
+    if not any(is_batch_renorm(module) for module in model.modules()):
+        raise NothingToConvertError(f"found no Batch Renorm layer in {type(model).__name__} to revert")
+    target = _target(model, inplace)
+    for module in target.modules():
+        if is_batch_renorm(module):
+            revert_layer(module)
+    return target
+
+
+def rewrite(graph_module: fx.GraphModule, settings: Settings = Settings()) -> PassResult:  # noqa: B008
+    """The FX pass, for a pipeline of passes: converts the norm nodes of a GraphModule, in place.
+
+    A graph without BatchNorm passes through unmodified.
+    """
+    verdicts = _judge(find_sites(graph_module), None, False)
+    return PassResult(graph_module, _apply(graph_module, verdicts, settings))
+
+
+_Verdicts = list[tuple[Site, str | None]]  # a site, and why it is skipped
+
+
+def _judge(sites: tuple[Site, ...], filter_fn: Filter | None, include_frozen: bool) -> _Verdicts:
+    return [(site, refusal(site, include_frozen) or _deselection(site, filter_fn)) for site in sites]
+
+
+def _deselection(site: Site, filter_fn: Filter | None) -> str | None:
+    chosen = filter_fn is None or filter_fn(site.module, site.name)
+    return None if chosen else "left out by filter_fn"
+
+
+def _apply(model: nn.Module, verdicts: _Verdicts, settings: Settings) -> bool:
+    """Converts the chosen sites of the model they were found in, or of a copy of it."""
+    chosen = [site.name for site, reason in verdicts if reason is None]
+    for name in chosen:
+        convert_layer(model.get_submodule(name), settings)
+    return bool(chosen)
+
+
+def _report(verdicts: _Verdicts) -> Report:
+    return Report(
+        tuple(
+            SiteReport(
+                site.name, site.kind, "skipped" if reason else "converted", reason or "", site.channels
+            )
+            for site, reason in verdicts
+        )
+    )
+
+
+def _check_model(model: object) -> None:
+    if isinstance(model, torch.export.ExportedProgram):
+        raise UnsupportedModelError(
+            "an ExportedProgram cannot be rewritten yet; convert the nn.Module it came from"
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected an nn.Module (got {type(model).__name__})")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            "a scripted module cannot be rewritten; convert the Python module it came from"
+        )
+
+
+def _target(model: nn.Module, inplace: bool) -> nn.Module:
+    """The module to change: the model, or a copy."""
+    if not inplace:
+        return _copied(model)
+    if is_norm(model):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} itself cannot become another layer in place; "
+            "use what is returned with inplace=False"
+        )
+    return model
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a module's own __deepcopy__ may raise anything
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "convert it in place, with inplace=True"
+        ) from error
+
+
+def _require_some(model: nn.Module, verdicts: _Verdicts) -> None:
+    if any(reason is None for _, reason in verdicts):
+        return
+    message = f"found no BatchNorm to convert in {type(model).__name__}"
+    if verdicts:
+        site, reason = verdicts[0]
+        message += f": {len(verdicts)} skipped, the first {site.name or 'the model itself'} ({reason})"
+    raise NothingToConvertError(message)
