@@ -24,6 +24,8 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
+from renormify.replay import Record, find_record, may_be_replayed, remember
+
 __all__ = ["STATS", "batch_renorm"]
 
 STATS = ("sigma", "var")
@@ -37,13 +39,14 @@ def batch_renorm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float | Tensor = 0.01,
+    momentum: float | None = 0.01,
     eps: float = 1e-5,
     *,
     r_max: float | Tensor = 3.0,
     d_max: float | Tensor = 5.0,
     stat: str = "sigma",
     mask: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
     rejected: Tensor | None = None,
 ) -> Tensor:
     r"""Applies Batch Renormalization over each channel of a batch.
@@ -65,21 +68,25 @@ def batch_renorm(
         weight: :math:`\gamma`, :math:`(C)`, or None for one.
         bias: :math:`\beta`, :math:`(C)`, or None for zero.
         training: whether to normalise by the batch, corrected, or by the running statistics.
-        momentum: :math:`\alpha`, the share of the batch in the running statistics; a float or scalar tensor.
+        momentum: :math:`\alpha`, the share of the batch in the running statistics; None for their
+            cumulative average, which needs ``num_batches_tracked``.
         eps: added to a variance inside the root.
         r_max: at least 1; a float or a float32 scalar tensor.
         d_max: at least 0; a float or a float32 scalar tensor.
         stat: ``"sigma"`` averages :math:`\sigma` as in the paper, ``"var"`` the unbiased variance.
         mask: bool, :math:`(N, *)` or broadcastable to it, True where the input is valid. Statistics are those
             of the valid positions; the others come out as zero and pass no gradient.
+        num_batches_tracked: an int64 scalar tensor, increased in place by each batch that moves the
+            statistics.
         rejected: an int64 scalar tensor, increased in place when the batch holds inf or NaN and therefore
             leaves the running statistics as they were.
 
     Returns:
         A tensor of the shape and dtype of ``input``.
 
-    A batch with one value per channel leaves ``running_var`` alone (its spread says nothing), an empty batch
-    leaves both statistics alone.
+    Where activation checkpointing runs the forward again, r and d are those of the first run, and nothing
+    moves. A batch with one value per channel leaves ``running_var`` alone (its spread says nothing), an empty
+    batch leaves both statistics alone.
 
     Raises:
         ValueError: for an input of fewer than two dimensions, missing running statistics, an unknown
@@ -96,23 +103,43 @@ def batch_renorm(
 
     with torch.no_grad():
         mean, var, m = _batch_statistics(input.detach(), mask)
-        mu, sigma = running_mean.to(mean.dtype), (running_var.to(mean.dtype) + eps).sqrt()
-        sigma_b = (var + eps).sqrt()
-        r = (sigma_b / sigma).clamp(1 / r_max, r_max)  # type: ignore[arg-type]
-        d = ((mean - mu) / sigma).clamp(-d_max, d_max)  # type: ignore[arg-type]
+        compiling = torch.compiler.is_compiling()
+        record = None if compiling else find_record(running_mean, mean, var)
+        if record is not None:
+            r, d = record.r, record.d
+        else:
+            mu, sigma = running_mean.to(mean.dtype), (running_var.to(mean.dtype) + eps).sqrt()
+            sigma_b = (var + eps).sqrt()
+            r = (sigma_b / sigma).clamp(1 / r_max, r_max)  # type: ignore[arg-type]
+            d = ((mean - mu) / sigma).clamp(-d_max, d_max)  # type: ignore[arg-type]
+            if not compiling and may_be_replayed():
+                remember(running_mean, Record(mean, var, r, d))
 
-        finite = torch.isfinite(mean + var).all()
-        informative = finite if mask is None else finite & (m > 0)
-        running_mean.copy_(torch.lerp(mu, torch.where(informative, mean, mu), momentum))
-        if mask is not None or m > 1:
-            informative = informative if mask is None else finite & (m > 1)
-            running_var.copy_(_moved_var(running_var, var, m, sigma, sigma_b, informative, momentum, stat))
-        if rejected is not None:
-            rejected.add_(~finite)
+            finite = torch.isfinite(mean + var).all()
+            counts = finite if mask is None else finite & (m > 0)
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(counts)
+            alpha = _share_of_batch(momentum, num_batches_tracked, mean.dtype)
+            running_mean.copy_(torch.lerp(mu, torch.where(counts, mean, mu), alpha))
+            if mask is not None or m > 1:
+                counts = counts if mask is None else counts & (m > 1)
+                running_var.copy_(_moved_var(running_var, var, m, sigma, sigma_b, counts, alpha, stat))
+            if rejected is not None:
+                rejected.add_(~finite)
 
     if mask is None and _native_kernels_serve(input):
         return _BatchRenorm.apply(input, weight, bias, mean, var, r, d, eps)  # type: ignore[no-any-return]
     return _composite(input, weight, bias, r, d, eps, mask)
+
+
+def _share_of_batch(
+    momentum: float | None, num_batches_tracked: Tensor | None, dtype: torch.dtype
+) -> float | Tensor:
+    if momentum is not None:
+        return momentum
+    if num_batches_tracked is None:
+        raise ValueError("momentum=None, a cumulative average, needs num_batches_tracked")
+    return num_batches_tracked.clamp(min=1).to(dtype).reciprocal()
 
 
 def _check(
@@ -191,7 +218,7 @@ def _moved_var(
     sigma: Tensor,
     sigma_b: Tensor,
     informative: Tensor,
-    momentum: float | Tensor,
+    alpha: float | Tensor,
     stat: str,
 ) -> Tensor:
     """``running_var`` after the batch.
@@ -201,8 +228,8 @@ def _moved_var(
     """
     old = running_var.to(var.dtype)
     if stat == "var":
-        return torch.lerp(old, torch.where(informative, var * (m / (m - 1)), old), momentum)
-    step = (torch.where(informative, sigma_b, sigma) - sigma) * momentum
+        return torch.lerp(old, torch.where(informative, var * (m / (m - 1)), old), alpha)
+    step = (torch.where(informative, sigma_b, sigma) - sigma) * alpha
     return torch.addcmul(old, step, torch.add(step, sigma, alpha=2)).clamp_(min=0)
 
 

