@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from renormify import errors, functional, onnx
     from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
     from renormify.rewriting import Conversion, SiteReport, convert, renormify, revert
+    from renormify.sync import SyncBatchRenorm, convert_sync
 
 __all__ = [
     "BatchRenorm1d",
@@ -20,7 +21,9 @@ __all__ = [
     "BatchRenorm3d",
     "Conversion",
     "SiteReport",
+    "SyncBatchRenorm",
     "convert",
+    "convert_sync",
     "errors",
     "functional",
     "onnx",
@@ -36,7 +39,9 @@ _HOME = {
     "BatchRenorm3d": "layers",
     "Conversion": "rewriting",
     "SiteReport": "rewriting",
+    "SyncBatchRenorm": "sync",
     "convert": "rewriting",
+    "convert_sync": "sync",
     "renormify": "rewriting",
     "revert": "rewriting",
 }

@@ -16,15 +16,18 @@ is written in public operations.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
+from renormify.collectives import join_statistics, transform_joined
+from renormify.kernels import batch_statistics, positions, transform
 from renormify.replay import Record, find_record, may_be_replayed, remember
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["STATS", "batch_renorm"]
 
@@ -48,6 +51,7 @@ def batch_renorm(
     mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
     rejected: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Applies Batch Renormalization over each channel of a batch.
 
@@ -80,6 +84,7 @@ def batch_renorm(
             statistics.
         rejected: an int64 scalar tensor, increased in place when the batch holds inf or NaN and therefore
             leaves the running statistics as they were.
+        process_group: processes whose batches are one batch; every one of them must call, also with no input.
 
     Returns:
         A tensor of the shape and dtype of ``input``.
@@ -94,15 +99,18 @@ def batch_renorm(
         RuntimeError: for statistics, weight or bias whose size is not the number of channels.
     """
     _check(input, running_mean, running_var, weight, bias, r_max, d_max, stat)
-    if not training or input.numel() == 0:
+    group = _group_to_join(process_group) if training else None
+    if not training or (input.numel() == 0 and group is None):
         # The kernels want weight and bias in the dtype of the statistics; .half() leaves those in float32.
         weight = None if weight is None else weight.to(running_mean.dtype)
         bias = None if bias is None else bias.to(running_mean.dtype)
         output = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-        return output if mask is None else output.masked_fill(~_positions(mask, input), 0)
+        return output if mask is None else output.masked_fill(~positions(mask, input), 0)
 
     with torch.no_grad():
-        mean, var, m = _batch_statistics(input.detach(), mask)
+        mean, var, m = batch_statistics(input.detach(), mask)
+        if group is not None:
+            mean, var, m = join_statistics(mean, var, m, group)
         compiling = torch.compiler.is_compiling()
         record = None if compiling else find_record(running_mean, mean, var)
         if record is not None:
@@ -116,20 +124,27 @@ def batch_renorm(
                 remember(running_mean, Record(mean, var, r, d))
 
             finite = torch.isfinite(mean + var).all()
-            counts = finite if mask is None else finite & (m > 0)
+            counts = finite & (m > 0) if isinstance(m, Tensor) else finite
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(counts)
             alpha = _share_of_batch(momentum, num_batches_tracked, mean.dtype)
             running_mean.copy_(torch.lerp(mu, torch.where(counts, mean, mu), alpha))
-            if mask is not None or m > 1:
-                counts = counts if mask is None else counts & (m > 1)
+            if isinstance(m, Tensor) or m > 1:
+                counts = counts & (m > 1) if isinstance(m, Tensor) else counts
                 running_var.copy_(_moved_var(running_var, var, m, sigma, sigma_b, counts, alpha, stat))
             if rejected is not None:
                 rejected.add_(~finite)
 
-    if mask is None and _native_kernels_serve(input):
-        return _BatchRenorm.apply(input, weight, bias, mean, var, r, d, eps)  # type: ignore[no-any-return]
-    return _composite(input, weight, bias, r, d, eps, mask)
+    if isinstance(m, Tensor) and group is not None:
+        return transform_joined(input, weight, bias, mean, var, r, d, eps, mask, m, group)
+    return transform(input, weight, bias, mean, var, r, d, eps, mask)
+
+
+def _group_to_join(process_group: ProcessGroup | None) -> ProcessGroup | None:
+    """The group, where there is anything to join; None otherwise."""
+    if process_group is None or torch.distributed.get_world_size(process_group) == 1:
+        return None
+    return process_group
 
 
 def _share_of_batch(
@@ -177,40 +192,6 @@ def check_limits(r_max: float | Tensor, d_max: float | Tensor) -> None:
         raise ValueError(f"d_max must be at least 0 (got {d_max})")
 
 
-def _reduced_dims(input: Tensor) -> list[int]:
-    return [0, *range(2, input.dim())]
-
-
-def _positions(mask: Tensor, input: Tensor) -> Tensor:
-    """The mask over (N, *), as one that broadcasts over (N, C, *)."""
-    if mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be of dtype torch.bool, True where the input is valid (got {mask.dtype})"
-        )
-    return mask.expand(input.shape[0], *input.shape[2:]).unsqueeze(1)
-
-
-def _batch_statistics(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-    """Mean and biased variance per channel in float32 or float64, and the number of values in each."""
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    if mask is not None:
-        positions = _positions(mask, input)
-        m = positions.sum()
-        share = positions.to(dtype) / m.clamp(min=1)
-        values = input.to(dtype).masked_fill(~positions, 0)
-        mean = (values * share).sum(_reduced_dims(input))
-        centred = (values - _per_channel(mean, input)) * positions
-        return mean, (centred.square() * share).sum(_reduced_dims(input)), m
-    count = input.numel() // input.shape[1]
-    if _native_kernels_serve(input):
-        # The kernel also moves the running statistics it is given; they decide the dtype of its result.
-        scratch = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
-        mean, var = torch.batch_norm_update_stats(input, scratch, torch.zeros_like(scratch), 0.0)
-        return mean, var, count
-    var, mean = torch.var_mean(input.to(dtype), _reduced_dims(input), correction=0)
-    return mean, var, count
-
-
 def _moved_var(
     running_var: Tensor,
     var: Tensor,
@@ -231,96 +212,3 @@ def _moved_var(
         return torch.lerp(old, torch.where(informative, var * (m / (m - 1)), old), alpha)
     step = (torch.where(informative, sigma_b, sigma) - sigma) * alpha
     return torch.addcmul(old, step, torch.add(step, sigma, alpha=2)).clamp_(min=0)
-
-
-def _per_channel(value: Tensor, input: Tensor) -> Tensor:
-    return value.view(1, -1, *(1,) * (input.dim() - 2))
-
-
-def _composite(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    r: Tensor,
-    d: Tensor,
-    eps: float,
-    mask: Tensor | None,
-) -> Tensor:
-    """Batch Norm with this batch's weight and bias, in public operations: r and d carry no gradient."""
-    scale = r if weight is None else weight * r
-    shift = d if weight is None else weight * d
-    shift = shift if bias is None else shift + bias
-    if mask is None:
-        return torch.batch_norm(input, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-    positions = _positions(mask, input)
-    mean, var, _ = _batch_statistics(input, mask)
-    normalised = (input - _per_channel(mean, input)) * _per_channel((var + eps).rsqrt(), input)
-    output = normalised * _per_channel(scale, input) + _per_channel(shift, input)
-    return output.to(input.dtype).masked_fill(~positions, 0)
-
-
-@functools.cache
-def _has_native_kernels(device_type: str) -> bool:
-    key = torch._C._dispatch_key_for_device(device_type)
-    return all(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
-        for name in ("batch_norm_update_stats", "native_batch_norm", "native_batch_norm_backward")
-    )
-
-
-def _native_kernels_serve(input: Tensor) -> bool:
-    """Whether the device has the kernels, and nothing must see through them."""
-    return (
-        not torch.compiler.is_compiling()
-        and _has_native_kernels(input.device.type)
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-class _BatchRenorm(torch.autograd.Function):
-    """The transform and its gradient (section 3 of the paper) by Batch Norm's kernels.
-
-    The statistics given are those of the input, so the backward is that of training mode, which
-    differentiates through them, and is itself differentiable.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        r: Tensor,
-        d: Tensor,
-        eps: float,
-    ) -> Tensor:
-        scale = r if weight is None else weight * r
-        shift = d if weight is None else weight * d
-        shift = shift if bias is None else shift + bias
-        output: Tensor = torch.native_batch_norm(input, scale, shift, mean, var, False, 0.0, eps)[0]
-        ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt(), r, d)
-        ctx.eps = eps
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, invstd, r, d = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        scale = r if weight is None else weight * r
-        grad_input, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
-            grad_output,
-            input,
-            scale,
-            None,
-            None,
-            mean,
-            invstd,
-            True,
-            ctx.eps,
-            [needs_input, needs_weight, needs_weight or needs_bias],
-        )
-        grad_weight = r * grad_scale + d * grad_shift if needs_weight else None
-        return grad_input, grad_weight, grad_shift if needs_bias else None, None, None, None, None, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from renormify.errors import RenormifyWarning
 from renormify.functional import STATS, batch_renorm, check_limits
 
-__all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d", "is_batch_renorm"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "is_batch_renorm",
+]
 
 
 def _is_proxy(input: object) -> bool:
@@ -137,7 +145,11 @@ class _BatchRenorm(_NormBase):
             mask=mask,
             num_batches_tracked=self.num_batches_tracked,
             rejected=self._rejected,
+            process_group=self._process_group(),
         )
+
+    def _process_group(self) -> ProcessGroup | None:
+        return None
 
     def _warn_of_few_values(self, input: Tensor) -> None:
         if torch.compiler.is_compiling() or input.numel() > 2 * self.num_features or input.numel() == 0:

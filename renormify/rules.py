@@ -17,6 +17,7 @@ from renormify.errors import InputError
 from renormify.functional import STATS
 from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, is_batch_renorm
 from renormify.sites import Site
+from renormify.sync import SyncBatchRenorm
 
 __all__ = ["Momentum", "Settings", "convert_layer", "refusal", "revert_layer"]
 
@@ -55,6 +56,7 @@ _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchRenorm1d,
     nn.BatchNorm2d: BatchRenorm2d,
     nn.BatchNorm3d: BatchRenorm3d,
+    nn.SyncBatchNorm: SyncBatchRenorm,
 }
 
 # A subclass that defines no more than these computes what its base computes.
@@ -76,8 +78,6 @@ def refusal(site: Site, include_frozen: bool = False) -> str | None:
         return "a functional call in this module's forward; make it an nn.BatchNorm module to convert it"
     if is_batch_renorm(module):
         return "is Batch Renorm already"
-    if isinstance(module, nn.SyncBatchNorm):
-        return "SyncBatchNorm has no counterpart here yet"
     if isinstance(module, _LazyNormBase):
         return "lazy and not initialised; run one forward first"
     if not isinstance(module, _BatchNorm):
@@ -143,4 +143,5 @@ def revert_layer(module: nn.Module) -> None:
     layer.__dict__.pop("converted_from", None)
     layer.__class__ = original
     layer.momentum = momentum
-    layer.track_running_stats = True
+    if not issubclass(original, nn.SyncBatchNorm):
+        layer.__dict__.pop("process_group", None)

@@ -1,0 +1,177 @@
+"""Statistics of a batch, and its transform with a gradient: what Batch Renorm costs.
+
+Each comes in two forms with the same results: by the kernels of torch's Batch Norm, and, where a device lacks
+them or a transform of torch must see through, in public operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+__all__ = ["batch_statistics", "per_channel", "positions", "scale_and_shift", "transform"]
+
+
+def positions(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask over :math:`(N, *)`, as one that broadcasts over :math:`(N, C, *)`."""
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be of dtype torch.bool, True where the input is valid (got {mask.dtype})"
+        )
+    try:
+        return mask.expand(input.shape[0], *input.shape[2:]).unsqueeze(1)
+    except RuntimeError:
+        expected = (input.shape[0], *input.shape[2:])
+        raise ValueError(f"mask must broadcast to {expected} (got {tuple(mask.shape)})") from None
+
+
+def per_channel(value: Tensor, input: Tensor) -> Tensor:
+    """A :math:`(C)` vector, as one that broadcasts over :math:`(N, C, *)`."""
+    return value.view(1, -1, *(1,) * (input.dim() - 2))
+
+
+def scale_and_shift(
+    weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Batch Norm's weight and bias for this batch: :math:`\gamma r` and :math:`\gamma d + \beta`."""
+    if weight is None:
+        return r, d if bias is None else d + bias
+    return weight * r, weight * d if bias is None else torch.addcmul(bias.to(d.dtype), weight, d)
+
+
+def batch_statistics(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, int | Tensor]:
+    """Mean and biased variance of each channel, and the number of values in it.
+
+    The first two are :math:`(C)`, float32 or, for a float64 input, float64; zero where there is no value. The
+    number is a scalar tensor where a mask decides it.
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    dims = [0, *range(2, input.dim())]
+    if mask is not None:
+        valid = positions(mask, input)
+        m = valid.sum()
+        share = valid.to(dtype) / m.clamp(min=1)
+        values = input.to(dtype).masked_fill(~valid, 0)
+        mean = (values * share).sum(dims)
+        centred = (values - per_channel(mean, input)).masked_fill(~valid, 0)
+        return mean, (centred.square() * share).sum(dims), m
+    count = input.numel() // input.shape[1]
+    if count == 0:
+        nothing = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
+        return nothing, nothing, count
+    if _native_kernels_serve(input):
+        mean, var = torch.batch_norm_update_stats(input, *_scratch(input, dtype), 0.0)
+        return mean, var, count
+    var, mean = torch.var_mean(input.to(dtype), dims, correction=0)
+    return mean, var, count
+
+
+def _scratch(input: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    # The kernel gives its result in the dtype of the running statistics, which it would also move.
+    if input.dtype == dtype:
+        return None, None
+    scratch = torch.zeros(2, input.shape[1], dtype=dtype, device=input.device)
+    return scratch[0], scratch[1]
+
+
+def transform(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    r: Tensor,
+    d: Tensor,
+    eps: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """Batch Norm with this batch's weight and bias; r and d carry no gradient, the statistics do.
+
+    Args:
+        input: :math:`(N, C, *)`.
+        weight: :math:`(C)`, or None.
+        bias: :math:`(C)`, or None.
+        mean: of each channel of the input, :math:`(C)`.
+        var: likewise, the biased variance.
+        r: :math:`(C)`.
+        d: :math:`(C)`.
+        eps: added to the variance inside the root.
+        mask: see :func:`renormify.functional.batch_renorm`.
+    """
+    if mask is None and _native_kernels_serve(input):
+        return _Transform.apply(input, weight, bias, mean, var, r, d, eps)  # type: ignore[no-any-return]
+    scale, shift = scale_and_shift(weight, bias, r, d)
+    if mask is None:
+        return torch.batch_norm(input, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+    mean, var, _ = batch_statistics(input, mask)  # once more, for the gradient
+    normalised = (input - per_channel(mean, input)) * per_channel((var + eps).rsqrt(), input)
+    output = normalised * per_channel(scale, input) + per_channel(shift, input)
+    return output.to(input.dtype).masked_fill(~positions(mask, input), 0)
+
+
+@functools.cache
+def _has_native_kernels(device_type: str) -> bool:
+    key = torch._C._dispatch_key_for_device(device_type)
+    return all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
+        for name in ("batch_norm_update_stats", "native_batch_norm", "native_batch_norm_backward")
+    )
+
+
+def _native_kernels_serve(input: Tensor) -> bool:
+    """Whether the device has the kernels, and nothing must see through them."""
+    return (
+        not torch.compiler.is_compiling()
+        and _has_native_kernels(input.device.type)
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+class _Transform(torch.autograd.Function):
+    """The transform and its gradient (section 3 of the paper) by Batch Norm's kernels.
+
+    The statistics given are those of the input, so the backward is that of training mode, which
+    differentiates through them, and is itself differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        r: Tensor,
+        d: Tensor,
+        eps: float,
+    ) -> Tensor:
+        scale, shift = scale_and_shift(weight, bias, r, d)
+        output: Tensor = torch.native_batch_norm(input, scale, shift, mean, var, False, 0.0, eps)[0]
+        ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt(), r, d)
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, invstd, r, d = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_input, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
+            grad_output,
+            input,
+            r if weight is None else weight * r,
+            None,
+            None,
+            mean,
+            invstd,
+            True,
+            ctx.eps,
+            [needs_input, needs_weight, needs_weight or needs_bias],
+        )
+        grad_weight = torch.addcmul(r * grad_scale, d, grad_shift) if needs_weight else None
+        return grad_input, grad_weight, grad_shift if needs_bias else None, None, None, None, None, None
