@@ -1,0 +1,336 @@
+"""What each command does, without the terminal: from arguments to a document that says what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from renormify import __version__, sources
+from renormify.checkpoints import (
+    Checkpoint,
+    check_checkpoint_output,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from renormify.errors import CheckpointError, InputError, NothingToConvertError
+from renormify.outputs import check_output, staged
+from renormify.proof import example_inputs, prove_unchanged, run
+from renormify.rewriting import Conversion, convert
+
+__all__ = [
+    "Request",
+    "Settings",
+    "convert_checkpoint",
+    "export_checkpoint",
+    "inspect_checkpoint",
+    "verify_file",
+]
+
+Shapes = tuple[tuple[int, ...], ...]
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model is converted; see :func:`renormify.convert`."""
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    momentum: float | Literal["keep"] = 0.01
+    stat: str = "sigma"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Which model is meant.
+
+    Args:
+        checkpoint: the file with its weights, or None for fresh ones.
+        source: the model source, or None for the one that the checkpoint names.
+        shapes: of its inputs, or None for what the checkpoint or the source say.
+        progress: is told each step that may take a while.
+    """
+
+    checkpoint: Path | None = None
+    source: str | None = None
+    shapes: Shapes | None = None
+    progress: Progress = lambda _: None
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files that this request reads."""
+        return () if self.checkpoint is None else (self.checkpoint,)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    model: nn.Module
+    source: str
+    checkpoint: Checkpoint | None
+    shapes: Shapes | None
+
+    def args(self) -> tuple[Tensor, ...]:
+        if self.shapes is None:
+            raise InputError(
+                f"{self.source} does not tell its input's shape: give it, as --input-shape 1,3,224,224"
+            )
+        floating = (p.dtype for p in self.model.parameters() if p.dtype.is_floating_point)
+        return example_inputs(self.shapes, dtype=next(floating, torch.float32))
+
+    def document(self, command: str) -> dict[str, Any]:
+        return {
+            "command": command,
+            "renormify": __version__,
+            "model": self.source,
+            "weights": None if self.checkpoint is None else str(self.checkpoint.path),
+            "input_shape": self.shapes,
+        }
+
+
+class _NotProvenError(Exception):
+    """Leaves a staged output without publishing it."""
+
+
+def convert_checkpoint(
+    request: Request, output: Path, settings: Settings, *, force: bool = False
+) -> dict[str, Any]:
+    """Converts, proves that nothing changed, and only then writes the checkpoint.
+
+    Returns:
+        The document, with the proof; ``passed`` tells whether the file was written.
+
+    Raises:
+        RenormifyError: something given cannot be used, or there is nothing to convert.
+    """
+    check_checkpoint_output(output, force=force, inputs=request.inputs)
+    subject = _load(request)
+    args = subject.args()
+    request.progress("Converting")
+    conversion = _convert(subject.model, settings)
+    request.progress("Proving that the outputs are unchanged")
+    proof = prove_unchanged(subject.model, conversion.model, args)
+    document = subject.document("convert") | {
+        "settings": dataclasses.asdict(settings),
+        "report": conversion.report.to_dict(),
+        "proof": proof.to_dict(),
+        "passed": proof.passed,
+        "output": output if proof.passed else None,
+    }
+    if proof.passed:
+        request.progress(f"Writing {output}")
+        state = _in_the_dtypes_of(subject.checkpoint, conversion.model.state_dict())
+        save_checkpoint(output, state, _metadata(document, conversion), force=force, inputs=request.inputs)
+    return document
+
+
+def inspect_checkpoint(request: Request, settings: Settings) -> dict[str, Any]:
+    """Tells which sites a conversion would convert, and what a checkpoint says of itself.
+
+    Raises:
+        RenormifyError: something given cannot be used, or there is nothing to convert.
+    """
+    checkpoint = _read(request)
+    if checkpoint is None and request.source is None:
+        raise InputError("nothing to inspect: give a checkpoint, --model SOURCE, or both")
+    document: dict[str, Any] = {"command": "inspect", "renormify": __version__, "passed": True}
+    if checkpoint is not None:
+        document["checkpoint"] = _describe(checkpoint)
+    recorded = request.source is None
+    source = checkpoint.metadata.get("model") if recorded and checkpoint is not None else request.source
+    if not isinstance(source, str) or (recorded and sources.names_code(source)):
+        return document  # what the file says is told; code that it names is not run
+    subject = _load(request, checkpoint)
+    request.progress("Looking for BatchNorm")
+    conversion = _convert(subject.model, settings)
+    return (
+        document
+        | subject.document("inspect")
+        | {
+            "dtypes": _count_dtypes(dict(subject.model.named_parameters())),
+            "report": conversion.report.to_dict(),
+        }
+    )
+
+
+def export_checkpoint(
+    request: Request,
+    output: Path,
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 7),
+    fold: bool = True,
+    opset: int | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Exports to ONNX, compares the file with the model as it was loaded, and only then puts it in place.
+
+    Returns:
+        The document; ``passed`` tells whether the file was written.
+
+    Raises:
+        RenormifyError: something given cannot be used, or the model cannot be exported.
+    """
+    from renormify.onnx import export_onnx, verify_onnx
+
+    check_output(output, force=force, inputs=request.inputs)
+    subject = _load(request)
+    args = subject.args()
+    document = subject.document("export")
+    try:
+        conversion = _convert(subject.model, Settings())
+        model = conversion.model
+        document["report"] = conversion.report.to_dict()
+    except NothingToConvertError:  # converted by its own factory already, or without BatchNorm from the start
+        model = subject.model
+    run(model, args)  # says in one line what an exporter would say in pages
+    try:
+        with staged(output, force=force, inputs=request.inputs) as target:
+            request.progress("Exporting to ONNX")
+            export = export_onnx(model, args, target, fold=fold, opset_version=opset)
+            request.progress("Comparing the ONNX file with the model")
+            # The judge sees the model as it was loaded, which no conversion has touched.
+            parity = verify_onnx(subject.model, target, args, batch_sizes=tuple(batch_sizes))
+            if not parity.passed:
+                raise _NotProvenError
+    except _NotProvenError:
+        pass
+    return document | {
+        "export": export.to_dict() | {"path": output},
+        "parity": parity.to_dict(),
+        "passed": parity.passed,
+        "output": output if parity.passed else None,
+    }
+
+
+def verify_file(path: Path, request: Request, *, batch_sizes: Sequence[int] = (1, 2, 7)) -> dict[str, Any]:
+    """Compares an ONNX file with a model.
+
+    Raises:
+        RenormifyError: something given cannot be used.
+    """
+    from renormify.onnx import verify_onnx
+
+    if not path.is_file():
+        near = sources.nearest(path.name, [file.name for file in path.parent.glob("*.onnx")])
+        raise CheckpointError(f"no such file: {path}{near}")
+    subject = _load(request)
+    args = subject.args()
+    run(subject.model, args)
+    request.progress("Comparing the ONNX file with the model")
+    parity = verify_onnx(subject.model, path, args, batch_sizes=tuple(batch_sizes))
+    return subject.document("verify") | {"onnx": path, "parity": parity.to_dict(), "passed": parity.passed}
+
+
+def _read(request: Request) -> Checkpoint | None:
+    if request.checkpoint is None:
+        return None
+    request.progress(f"Reading {request.checkpoint}")
+    return load_checkpoint(request.checkpoint)
+
+
+def _load(request: Request, checkpoint: Checkpoint | None = None) -> _Subject:
+    checkpoint = checkpoint or _read(request)
+    source = _source(request, checkpoint)
+    if source is None:
+        raise InputError(
+            "which model? Give --model torchvision:NAME, timm:NAME or package.module:factory"
+            + (f"; {checkpoint.path} does not name its own" if checkpoint is not None else "")
+        )
+    request.progress(f"Building {source}")
+    model = sources.build_model(source)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    shapes = request.shapes or _recorded_shapes(checkpoint) or sources.input_shapes(source, model)
+    return _Subject(model, source, checkpoint, shapes)
+
+
+def _source(request: Request, checkpoint: Checkpoint | None) -> str | None:
+    if request.source is not None or checkpoint is None:
+        return request.source
+    recorded = checkpoint.metadata.get("model")
+    if not isinstance(recorded, str):
+        return None
+    if sources.names_code(recorded):
+        # A file may come from anyone. What it names is run only when the user says so.
+        raise InputError(
+            f"{checkpoint.path} names the model {recorded!r}, which is code that a file may not start: "
+            f"where you trust it, add --model {recorded}"
+        )
+    return recorded
+
+
+def _recorded_shapes(checkpoint: Checkpoint | None) -> Shapes | None:
+    recorded = checkpoint.metadata.get("input_shape") if checkpoint is not None else None
+    if not isinstance(recorded, list) or not recorded:
+        return None
+    sound = all(
+        isinstance(shape, list) and shape and all(type(length) is int and length > 0 for length in shape)
+        for shape in recorded
+    )
+    return tuple(tuple(shape) for shape in recorded) if sound else None
+
+
+def _convert(model: nn.Module, settings: Settings) -> Conversion:
+    return convert(
+        model,
+        r_max=settings.r_max,
+        d_max=settings.d_max,
+        momentum=settings.momentum,
+        stat=settings.stat,
+    )
+
+
+def _in_the_dtypes_of(checkpoint: Checkpoint | None, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    # A file in half precision is computed with in float32 and goes back to half precision without a loss.
+    if checkpoint is None:
+        return state
+    kept = OrderedDict(
+        (key, value.to(checkpoint[key].dtype) if key in checkpoint and isinstance(value, Tensor) else value)
+        for key, value in state.items()
+    )
+    kept._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
+    return kept
+
+
+def _metadata(document: Mapping[str, Any], conversion: Conversion) -> dict[str, Any]:
+    report = conversion.report
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": document["model"],
+        "input_shape": document["input_shape"],
+        "settings": document["settings"],
+        "report": {
+            "converted": list(report.converted),
+            "skipped": {site.name: site.reason for site in report.sites if site.action != "converted"},
+        },
+        "proof": document["proof"],
+    }
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    dtypes = _count_dtypes(checkpoint)
+    norms = sum(key == "running_mean" or key.endswith(".running_mean") for key in checkpoint)
+    values = ", ".join(f"{count:,} {name}" for name, count in dtypes.items())
+    return {
+        "path": checkpoint.path,
+        "tensors": len(checkpoint),
+        "dtypes": dtypes,
+        "norms": norms,
+        "metadata": checkpoint.metadata,
+        "summary": f"{checkpoint.path}: {len(checkpoint)} tensors ({values}), {norms} running means",
+    }
+
+
+def _count_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if isinstance(tensor, Tensor):  # a module's extra state may be anything
+            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return dict(counts)

@@ -1,0 +1,246 @@
+"""Results for people and for machines: rich tables, one HTML page, JSON.
+
+All three are renderings of the same document, the ``to_dict()`` of the result objects under the keys
+``report``, ``proof``, ``export`` and ``parity``. Nothing is computed here that is not in it, so that a
+document read back from JSON renders alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from renormify import __version__
+from renormify.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Section", "html_page", "print_sections", "sections", "to_json"]
+
+# More rows than a screen holds are summarised, unless everything was asked for.
+_LONG = 24
+_TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One part of a report.
+
+    Args:
+        title: its heading.
+        summary: what it says, in one line.
+        passed: its verdict, or None where there is none to give.
+        headers: of its table's columns.
+        rows: of its table; without any there is no table.
+        notes: further lines.
+    """
+
+    title: str
+    summary: str
+    passed: bool | None = None
+    headers: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """The document as strict JSON: paths become text, and numbers that are not finite become null."""
+    return json.dumps(_jsonable(document), indent=2, allow_nan=False)
+
+
+def sections(document: Mapping[str, Any], *, full: bool = False) -> tuple[Section, ...]:
+    """What a document holds, one section for each result in it.
+
+    Args:
+        document: results by their keys, as ``to_dict()`` gives them.
+        full: list every site, however many there are.
+    """
+    document = _jsonable(document)
+    found = []
+    if "model" in document:
+        found.append(_subject(document))
+    if document.get("checkpoint") is not None:
+        found.append(_checkpoint(document["checkpoint"]))
+    if document.get("report") is not None:
+        found.append(_sites(document["report"], full))
+    if document.get("proof") is not None:
+        found.append(_proof(document["proof"]))
+    if document.get("export") is not None:
+        found.append(_export(document["export"], full))
+    if document.get("parity") is not None:
+        found.append(_parity(document["parity"]))
+    return tuple(found)
+
+
+def print_sections(console: Console, parts: Sequence[Section]) -> None:
+    """Prints sections to a terminal; names in brackets are text here, never markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for part in parts:
+        mark, style = {None: (" ", ""), True: (" ok ", "green"), False: (" FAILED ", "bold red")}[part.passed]
+        line = Text.assemble((part.title, "bold"), (mark, style), part.summary)
+        console.print(line, soft_wrap=True)
+        if part.rows:
+            table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 2))
+            for header, values in zip(part.headers, zip(*part.rows, strict=True), strict=True):
+                numeric = all(_is_number(value) for value in values)
+                table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+            for row in part.rows:
+                table.add_row(*(Text(cell) for cell in row))
+            console.print(table)
+        for note in part.notes:
+            console.print(Text(f"  {note}"), soft_wrap=True)
+
+
+def html_page(parts: Sequence[Section], *, title: str = "renormify") -> str:
+    """The sections as one HTML page that needs no other file and no network.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError("jinja2", "report", "to write the HTML page") from error
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.tests["numeric"] = _is_number
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(title=title, sections=parts, version=__version__)
+
+
+def _subject(document: Mapping[str, Any]) -> Section:
+    weights = document.get("weights") or "none given: the fresh weights of the model's own making"
+    facts = [("weights", str(weights))]
+    if document.get("input_shape"):
+        facts.append(("input", ", ".join("x".join(map(str, shape)) for shape in document["input_shape"])))
+    facts += [(key, _text(value)) for key, value in (document.get("settings") or {}).items()]
+    if document.get("dtypes"):
+        facts.append(
+            ("parameters", ", ".join(f"{count:,} {name}" for name, count in document["dtypes"].items()))
+        )
+    return Section("Model", str(document["model"]), notes=tuple(f"{name}: {value}" for name, value in facts))
+
+
+def _checkpoint(checkpoint: Mapping[str, Any]) -> Section:
+    notes = [f"{key}: {_text(value)}" for key, value in checkpoint.get("metadata", {}).items()]
+    return Section("Checkpoint", str(checkpoint.get("summary", "")), notes=tuple(notes))
+
+
+def _sites(report: Mapping[str, Any], full: bool) -> Section:
+    sites = report.get("sites", ())
+    converted = [site for site in sites if site["action"] == "converted"]
+    skipped = [site for site in sites if site["action"] != "converted"]
+    shown = sites if full or len(sites) <= _LONG else skipped
+    notes = []
+    if shown is skipped and converted:
+        kinds = Counter(site["kind"] for site in converted)
+        notes.append("converted: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()))
+    if len(skipped) > _LONG and not full:
+        reasons = Counter(site["reason"] for site in skipped)
+        notes += [f"skipped: {count} x {reason}" for reason, count in reasons.most_common()]
+        shown = []
+    return Section(
+        "Sites",
+        f"{len(converted)} converted, {len(skipped)} skipped",
+        headers=("site", "kind", "channels", "action", "reason"),
+        rows=_rows(
+            [{**site, "name": site["name"] or "(the model itself)"} for site in shown],
+            ("name", "kind", "channels", "action", "reason"),
+        ),
+        notes=tuple(notes),
+    )
+
+
+def _proof(proof: Mapping[str, Any]) -> Section:
+    if proof["identical"]:
+        summary = (
+            f"the converted model gives the same bits in evaluation mode: {proof['outputs']} output(s), "
+            f"{proof['values']:,} values, largest difference {_number(proof['max_abs_difference'])}"
+        )
+        notes = (proof["reason"],) if proof.get("reason") else ()
+        return Section("Proof", summary, True, notes=notes)
+    return Section("Proof", proof.get("reason") or "the outputs differ", False)
+
+
+def _export(export: Mapping[str, Any], full: bool) -> Section:
+    sites = (export.get("fold") or {}).get("sites", ())
+    counts = Counter(site["action"] for site in sites)
+    # What folded without a word is counted; what did not fold is shown with its reason.
+    shown = sites if full or len(sites) <= _LONG else [site for site in sites if site["action"] != "folded"]
+    summary = ", ".join(f"{counts[action]} {action}" for action in ("folded", "rewritten", "kept"))
+    opset = f"opset {export['opset']}" if export.get("opset") else ""
+    return Section(
+        "Folding",
+        f"{summary}{', ' if opset else ''}{opset}",
+        headers=("site", "action", "into", "reason"),
+        rows=_rows(shown, ("name", "action", "into", "reason")),
+    )
+
+
+def _parity(parity: Mapping[str, Any]) -> Section:
+    outputs = parity.get("outputs", ())
+    failed = [record for record in outputs if not record["passed"]]
+    notes = [f"{record['name']}, batch {record['batch_size']}: {record['reason']}" for record in failed]
+    if parity.get("first_divergence"):
+        notes.append(f"first divergence: {parity['first_divergence']}")
+    notes += parity.get("notes") or []
+    rows = tuple(
+        (
+            str(record["name"]),
+            str(record["batch_size"]),
+            *(_number(record.get(key)) for key in ("max_abs", "max_rel", "floor", "tolerance")),
+            "ok" if record["passed"] else "FAILED",
+        )
+        for record in outputs
+    )
+    summary = (
+        f"the ONNX file agrees with the model on {len(outputs)} comparisons"
+        if parity["passed"]
+        else f"{len(failed)} of {len(outputs)} comparisons failed"
+    )
+    headers = ("output", "batch", "max abs", "max rel", "float noise", "tolerance", "result")
+    return Section("Parity", summary, bool(parity["passed"]), headers=headers, rows=rows, notes=tuple(notes))
+
+
+def _rows(records: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(_text(record.get(key)) for key in keys) for record in records)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (Mapping, list)):
+        return json.dumps(value)
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

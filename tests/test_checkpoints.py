@@ -1,0 +1,428 @@
+"""Reading and writing checkpoints: every format, every damage, and nothing in a file ever run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import random
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from renormify import outputs
+from renormify.checkpoints import Checkpoint, load_checkpoint, load_model, load_weights, save_checkpoint
+from renormify.errors import CheckpointError, KeyMismatchError, OutputError, UnsafeCheckpointError
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(6, 5))
+    model(torch.randn(8, 3, 8, 8))  # statistics that are not the default ones
+    return model
+
+
+@pytest.fixture
+def state():
+    return network().state_dict()
+
+
+def assert_same(loaded, state):
+    assert list(loaded) == list(state)
+    for key, value in state.items():
+        assert loaded[key].dtype == value.dtype
+        assert loaded[key].shape == value.shape
+        assert loaded[key].numpy().tobytes() == value.numpy().tobytes()
+
+
+class Payload:
+    """What a malicious file holds: on loading, it makes a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.target}",))
+
+
+FORMATS = {
+    "zip": lambda state, path: torch.save(state, path),
+    "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "state_dict": lambda state, path: torch.save({"epoch": 3, "state_dict": state}, path),
+    "model": lambda state, path: torch.save({"model": state, "optimizer": {"lr": 0.1}}, path),
+    "model_state_dict": lambda state, path: torch.save({"model_state_dict": state}, path),
+    "nested twice": lambda state, path: torch.save({"model": {"state_dict": state}}, path),
+    "parallel": lambda state, path: torch.save(nn.DataParallel(network()).state_dict(), path),
+    "plain dict": lambda state, path: torch.save(dict(state), path),
+    "safetensors": lambda state, path: save_file(state, path),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".safetensors", ""])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats_are_told_by_content_and_load_to_the_bit(tmp_path, state, kind, suffix):
+    path = tmp_path / f"weights{suffix}"
+    FORMATS[kind](state, path)
+    before = path.read_bytes()
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.path == path
+    assert checkpoint.metadata == {}
+    assert_same(dict(sorted(checkpoint.items())), dict(sorted(state.items())))
+    network().load_state_dict(checkpoint, strict=True)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_loading_writes_into_the_model_and_not_into_the_file(tmp_path, state):
+    path = tmp_path / "a.pth"
+    torch.save(state, path)
+    before = path.read_bytes()
+    checkpoint = load_checkpoint(path)
+    model = load_weights(network(), checkpoint)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *checkpoint.values()]:
+            tensor.zero_()
+    assert path.read_bytes() == before
+
+
+def test_module_prefix_stays_where_not_every_key_has_it(tmp_path, state):
+    mixed = {f"module.{key}": value for key, value in state.items()} | {"n": torch.ones(1)}
+    torch.save(mixed, tmp_path / "a.pth")
+    assert list(load_checkpoint(tmp_path / "a.pth")) == list(mixed)
+
+
+def test_the_versions_that_torch_records_survive(tmp_path):
+    torch.save(nn.DataParallel(network()).state_dict(), tmp_path / "a.pth")
+    assert load_checkpoint(tmp_path / "a.pth")._metadata["1"] == {"version": 2}
+
+
+@pytest.mark.parametrize("versions", [True, False])
+def test_checkpoints_from_before_num_batches_tracked_load(tmp_path, state, versions):
+    old = OrderedDict((key, value) for key, value in state.items() if "num_batches" not in key)
+    if versions:
+        old._metadata = state._metadata
+    torch.save(old, tmp_path / "old.pth")
+    model = load_weights(network(), load_checkpoint(tmp_path / "old.pth"))
+    assert torch.equal(model[1].running_var, state["1.running_var"])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_would_run_code_is_refused_and_named(tmp_path, state, legacy):
+    path, mark = tmp_path / "evil.pth", tmp_path / "executed"
+    torch.save({"state_dict": state, "x": Payload(mark)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UnsafeCheckpointError, match=r"posix\.system"):
+        load_checkpoint(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_bare_pickle_that_would_run_code_is_refused(tmp_path, protocol):
+    path, mark = tmp_path / "evil.safetensors", tmp_path / "executed"
+    path.write_bytes(pickle.dumps(Payload(mark), protocol=protocol))
+    with pytest.raises(UnsafeCheckpointError, match=r"posix\.system"):
+        load_checkpoint(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickled_module_is_refused_with_how_to_go_on(tmp_path, legacy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(network(), tmp_path / "whole.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UnsafeCheckpointError, match=r"whole pickled model.*state_dict\(\)"):
+        load_checkpoint(tmp_path / "whole.pth")
+
+
+def test_other_classes_in_a_checkpoint_are_named(tmp_path, state):
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
+    with pytest.raises(UnsafeCheckpointError, match=r"argparse\.Namespace"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_truncated_files_are_refused_plainly(tmp_path, state, kind, share):
+    path = tmp_path / "cut.pth"
+    FORMATS[kind](state, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(CheckpointError, match=r"truncated|text file|not a checkpoint") as caught:
+        load_checkpoint(path)
+    assert not isinstance(caught.value, UnsafeCheckpointError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"hello, this is text\n", "a text file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"\x89HDF\r\n\x1a\n\0\0\0", "HDF5"),
+        (b"\x00\x01\x02\x03" * 9, "not a checkpoint"),
+        (b"\xff" * 8 + b'{"a": 1}', "damaged or truncated safetensors"),
+        (b"\x02\0\0\0\0\0\0\0{}", "holds no tensors"),
+        (b"PK\x03\x04" + b"\0" * 60, "damaged"),
+        (pickle.dumps({"a": 1}, protocol=2), "not a checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_told_what_they_are(tmp_path, content, words):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        (torch.ones(3), "a single tensor"),
+        ([torch.ones(3)], "type list"),
+        ({}, "empty mapping"),
+        ({"epoch": 1, "state_dict": {}}, "keys are 'epoch', 'state_dict'"),
+        ({"a": torch.ones(1), "lr": 0.1}, "keys are 'a', 'lr'"),
+    ],
+)
+def test_files_without_a_state_dict_say_what_they_hold(tmp_path, saved, words):
+    torch.save(saved, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="holds no state dict") as caught:
+        load_checkpoint(tmp_path / "a.pth")
+    assert words in str(caught.value)
+
+
+def test_missing_files_and_folders(tmp_path, state):
+    torch.save(state, tmp_path / "resnet18.pth")
+    with pytest.raises(CheckpointError, match=r"no such file.*did you mean resnet18\.pth\?"):
+        load_checkpoint(tmp_path / "resnet8.pth")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_checkpoint(tmp_path / "nowhere" / "a.pth")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load_checkpoint(tmp_path)
+
+
+def test_keys_that_do_not_fit_are_named_and_counted(tmp_path, state):
+    wrong = {f"body.{key}": value for key, value in state.items()}
+    with pytest.raises(KeyMismatchError) as caught:
+        load_weights(network(), wrong)
+    # The counter is not counted as missing: it need not be there.
+    assert "8 missing: 0.weight, 0.bias, 1.weight, ..." in str(caught.value)
+    assert "9 unexpected: body.0.weight, body.0.bias, body.1.weight, ..." in str(caught.value)
+
+
+def test_shapes_that_do_not_fit_are_named(state):
+    state["2.weight"] = torch.ones(7, 6)
+    with pytest.raises(
+        KeyMismatchError, match=r"1 of another shape: 2\.weight \(\(7, 6\) in the file, \(5, 6\)"
+    ):
+        load_weights(network(), state)
+
+
+def test_float64_is_not_lost(state):
+    wide = {
+        key: value.double() + 1e-12 if value.is_floating_point() else value for key, value in state.items()
+    }
+    model = load_weights(network(), wide)
+    assert_same(model.state_dict(), wide)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_files_load_or_are_refused_in_one_line(tmp_path, kind):
+    path = tmp_path / "fuzzed"
+    FORMATS[kind]({"a.weight": torch.randn(8, 4), "b": torch.arange(5)}, path)
+    content, refusals = path.read_bytes(), []
+    draws = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(draws.randint(1, 6)):
+            damaged[draws.randrange(len(damaged))] = draws.randrange(256)
+        path.write_bytes(damaged if draws.random() < 0.7 else damaged[: draws.randrange(len(damaged))])
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50
+    assert not any("\n" in message for message in refusals)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+def test_what_is_written_reads_back_to_the_bit(tmp_path, state, suffix):
+    path = tmp_path / f"out{suffix}"
+    metadata = {"model": "torchvision:resnet18", "input_shape": [[1, 3, 8, 8]], "settings": {"r_max": 3.0}}
+    assert save_checkpoint(path, state, metadata) == path
+    checkpoint = load_checkpoint(path)
+    assert_same(dict(sorted(checkpoint.items())), dict(sorted(state.items())))
+    assert checkpoint.metadata == metadata
+    network().load_state_dict(checkpoint, strict=True)
+    assert os.listdir(tmp_path) == [path.name]
+    # A file that others may read too, as any other program would have written it.
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_safetensors_header_is_plain_json(tmp_path, state):
+    save_checkpoint(tmp_path / "a.safetensors", state, {"model": "timm:x"})
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert header["format"] == "pt"
+    assert json.loads(header["renormify"]) == {"model": "timm:x"}
+
+
+def test_foreign_metadata_of_any_shape_is_survived(tmp_path, state):
+    for text in ("not json", "[1]", "3", "[" * 100_000):
+        save_file(state, tmp_path / "a.safetensors", metadata={"renormify": text})
+        assert load_checkpoint(tmp_path / "a.safetensors").metadata == {}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_tied_and_strided_tensors(tmp_path, suffix):
+    base = torch.arange(24.0).reshape(4, 6)
+    state = {
+        "a": base,
+        "tied": base,
+        "row": base[1],
+        "turned": base.t(),
+        "step": base[:, ::2],
+        "none": torch.empty(0),
+    }
+    save_checkpoint(tmp_path / f"a{suffix}", state)
+    loaded = load_checkpoint(tmp_path / f"a{suffix}")
+    assert set(loaded) == set(state)
+    for key, value in state.items():
+        assert torch.equal(loaded[key], value)
+    assert state["a"] is state["tied"]
+    assert not state["turned"].is_contiguous()
+
+
+def test_safetensors_refuses_what_is_no_tensor(tmp_path, state):
+    state["0._extra_state"] = {"a": 1}
+    with pytest.raises(OutputError, match=r"_extra_state.*use \.pt"):
+        save_checkpoint(tmp_path / "a.safetensors", state)
+    assert os.listdir(tmp_path) == []
+    save_checkpoint(tmp_path / "a.pt", state)
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert loaded["0._extra_state"] == {"a": 1}
+    with pytest.raises(KeyMismatchError, match=r"1 unexpected: 0\._extra_state"):
+        load_weights(network(), loaded)
+
+
+def test_existing_files_are_replaced_only_with_force(tmp_path, state):
+    path = tmp_path / "a.safetensors"
+    path.write_text("mine")
+    with pytest.raises(OutputError, match="--force"):
+        save_checkpoint(path, state)
+    assert path.read_text() == "mine"
+    save_checkpoint(path, state, force=True)
+    assert_same(dict(sorted(load_file(path).items())), dict(sorted(state.items())))
+
+
+@pytest.mark.parametrize("link", ["same", "symlink", "hardlink", "relative"])
+def test_an_input_is_never_replaced(tmp_path, state, link, monkeypatch):
+    source = tmp_path / "in.pt"
+    torch.save(state, source)
+    before = source.read_bytes()
+    path = source
+    if link == "symlink":
+        path = tmp_path / "link.pt"
+        path.symlink_to(source)
+    elif link == "hardlink":
+        path = tmp_path / "hard.pt"
+        path.hardlink_to(source)
+    elif link == "relative":
+        monkeypatch.chdir(tmp_path)
+        path = Path("in.pt")
+    with pytest.raises(OutputError, match="the input itself"):
+        save_checkpoint(path, state, force=True, inputs=[source])
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.onnx", "suffix '.onnx'"),
+        ("a", "suffix ''"),
+        ("none/a.pt", "does not exist"),
+        ("dir.pt", "is a folder"),
+    ],
+)
+def test_bad_outputs_are_refused(tmp_path, state, name, words):
+    (tmp_path / "dir.pt").mkdir()
+    with pytest.raises(OutputError) as caught:
+        save_checkpoint(tmp_path / name, state)
+    assert words in str(caught.value)
+    assert os.listdir(tmp_path) == ["dir.pt"]
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, state, monkeypatch, moment, error, old):
+    path = tmp_path / "a.safetensors"
+    if old is not None:
+        path.write_text(old)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(outputs.os, moment, fail)
+    expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected, match="No space left" if expected is OutputError else None):
+        save_checkpoint(path, state, force=True)
+    assert [file.name for file in tmp_path.iterdir()] == ([] if old is None else [path.name])
+    assert old is None or path.read_text() == old
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_disk_that_fills_up_while_writing(tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = {"a": torch.zeros(1_000_000)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot write"):
+            save_checkpoint(tmp_path / f"a{suffix}", state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_written_beside_the_output_move_with_it(tmp_path):
+    with outputs.staged(tmp_path / "m.onnx") as target:
+        assert target.name == "m.onnx"
+        target.write_text("graph")
+        target.with_name("m.onnx.data").write_text("weights")
+        assert [file.name for file in tmp_path.iterdir()] == [target.parent.name]
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m.onnx.data"]
+
+
+def test_load_model_builds_and_loads(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(6, 5))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    state = network().state_dict()
+    save_checkpoint(tmp_path / "a.safetensors", state)
+    assert_same(load_model("mine:build", tmp_path / "a.safetensors").state_dict(), state)
+    assert isinstance(load_model("mine:build"), nn.Sequential)
+
+
+def test_a_checkpoint_is_a_state_dict():
+    checkpoint = Checkpoint({"a": torch.ones(1)}, path=Path("a"))
+    assert isinstance(checkpoint, dict)
+    assert checkpoint.metadata == {}
