@@ -75,6 +75,8 @@ class _JoinedTransform(torch.autograd.Function):
         m: Tensor,
         group: ProcessGroup,
     ) -> Tensor:
+        if mask is not None:
+            input = input.masked_fill(~positions(mask, input), 0)
         ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt(), r, d, mask, m)
         ctx.group = group
         output = F.batch_norm(input, mean, var, *scale_and_shift(weight, bias, r, d), False, 0.0, eps)

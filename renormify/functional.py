@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from renormify.collectives import join_statistics, transform_joined
-from renormify.kernels import batch_statistics, positions, transform
+from renormify.kernels import all_finite, batch_statistics, positions, transform
 from renormify.replay import Record, find_record, may_be_replayed, remember
 
 if TYPE_CHECKING:
@@ -101,11 +101,7 @@ def batch_renorm(
     _check(input, running_mean, running_var, weight, bias, r_max, d_max, stat)
     group = _group_to_join(process_group) if training else None
     if not training or (input.numel() == 0 and group is None):
-        # The kernels want weight and bias in the dtype of the statistics; .half() leaves those in float32.
-        weight = None if weight is None else weight.to(running_mean.dtype)
-        bias = None if bias is None else bias.to(running_mean.dtype)
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-        return output if mask is None else output.masked_fill(~positions(mask, input), 0)
+        return _evaluate(input, running_mean, running_var, weight, bias, eps, mask)
 
     with torch.no_grad():
         mean, var, m = batch_statistics(input.detach(), mask)
@@ -116,28 +112,56 @@ def batch_renorm(
         if record is not None:
             r, d = record.r, record.d
         else:
-            mu, sigma = running_mean.to(mean.dtype), (running_var.to(mean.dtype) + eps).sqrt()
-            sigma_b = (var + eps).sqrt()
-            r = (sigma_b / sigma).clamp(1 / r_max, r_max)  # type: ignore[arg-type]
-            d = ((mean - mu) / sigma).clamp(-d_max, d_max)  # type: ignore[arg-type]
+            mu, sigma = running_mean.to(mean.dtype), (running_var.to(mean.dtype) + eps).sqrt_()
+            sigma_b = (var + eps).sqrt_()
+            if isinstance(r_max, Tensor):
+                r_max = r_max.to(mean.dtype)  # before it is inverted: 1 / 3 is not the same in float32
+            r = (sigma_b / sigma).clamp_(1 / r_max, r_max)  # type: ignore[arg-type]
+            d = (mean - mu).div_(sigma).clamp_(-d_max, d_max)  # type: ignore[arg-type]
             if not compiling and may_be_replayed():
                 remember(running_mean, Record(mean, var, r, d))
 
-            finite = torch.isfinite(mean + var).all()
-            counts = finite & (m > 0) if isinstance(m, Tensor) else finite
+            counts = finite = all_finite(input, mean, var)
+            if isinstance(m, Tensor):
+                counts = finite & (m > 0)
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(counts)
             alpha = _share_of_batch(momentum, num_batches_tracked, mean.dtype)
-            running_mean.copy_(torch.lerp(mu, torch.where(counts, mean, mu), alpha))
-            if isinstance(m, Tensor) or m > 1:
-                counts = counts & (m > 1) if isinstance(m, Tensor) else counts
+            if momentum == 0:
+                counts = False  # nothing is to be learnt
+            if counts is not False:
+                running_mean.copy_(torch.lerp(mu, _where(counts, mean, mu), alpha))
+            if counts is not False and (isinstance(m, Tensor) or m > 1):
+                counts = counts & (m > 1)
                 running_var.copy_(_moved_var(running_var, var, m, sigma, sigma_b, counts, alpha, stat))
-            if rejected is not None:
-                rejected.add_(~finite)
+            if rejected is not None and finite is not True:
+                rejected.add_(not finite if isinstance(finite, bool) else ~finite)
 
     if isinstance(m, Tensor) and group is not None:
         return transform_joined(input, weight, bias, mean, var, r, d, eps, mask, m, group)
     return transform(input, weight, bias, mean, var, r, d, eps, mask)
+
+
+def _evaluate(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+) -> Tensor:
+    # The kernels want weight and bias in the dtype of the statistics; .half() leaves those in float32.
+    if weight is not None and weight.dtype != running_mean.dtype:
+        weight, bias = weight.to(running_mean.dtype), None if bias is None else bias.to(running_mean.dtype)
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return output if mask is None else output.masked_fill(~positions(mask, input), 0)
+
+
+def _where(condition: bool | Tensor, value: Tensor, otherwise: Tensor) -> Tensor:
+    if isinstance(condition, bool):
+        return value if condition else otherwise
+    return torch.where(condition, value, otherwise)
 
 
 def _group_to_join(process_group: ProcessGroup | None) -> ProcessGroup | None:
@@ -171,14 +195,13 @@ def _check(
         raise ValueError(f"expected an input of at least 2 dimensions (got {input.dim()}D input)")
     if running_mean is None or running_var is None:
         raise ValueError("batch_renorm needs running_mean and running_var: r and d are relative to them")
-    for name, value in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if value is not None and value.numel() != input.shape[1]:
-            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {value.numel()}")
+    if torch._C._get_tracing_state():
+        return  # sizes are tensors there
+    shape = input.shape[1:2]
+    for name, value in (("mean", running_mean), ("var", running_var), ("weight", weight), ("bias", bias)):
+        if value is not None and value.shape != shape:
+            name = f"running_{name}" if name in ("mean", "var") else name
+            raise RuntimeError(f"{name} should contain {shape[0]} elements not {value.numel()}")
     if stat not in STATS:
         raise ValueError(f"stat must be one of {STATS} (got {stat!r})")
     check_limits(r_max, d_max)
@@ -198,7 +221,7 @@ def _moved_var(
     m: Any,
     sigma: Tensor,
     sigma_b: Tensor,
-    informative: Tensor,
+    counts: bool | Tensor,
     alpha: float | Tensor,
     stat: str,
 ) -> Tensor:
@@ -209,6 +232,6 @@ def _moved_var(
     """
     old = running_var.to(var.dtype)
     if stat == "var":
-        return torch.lerp(old, torch.where(informative, var * (m / (m - 1)), old), alpha)
-    step = (torch.where(informative, sigma_b, sigma) - sigma) * alpha
+        return torch.lerp(old, _where(counts, var * (m / (m - 1)), old), alpha)
+    step = (_where(counts, sigma_b, sigma) - sigma).mul_(alpha)
     return torch.addcmul(old, step, torch.add(step, sigma, alpha=2)).clamp_(min=0)

@@ -7,13 +7,14 @@ them or a transform of torch must see through, in public operations.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-__all__ = ["batch_statistics", "per_channel", "positions", "scale_and_shift", "transform"]
+__all__ = ["all_finite", "batch_statistics", "per_channel", "positions", "scale_and_shift", "transform"]
 
 
 def positions(mask: Tensor, input: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def batch_statistics(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor
     dims = [0, *range(2, input.dim())]
     if mask is not None:
         valid = positions(mask, input)
-        m = valid.sum()
+        m = valid.sum().to(dtype)
         share = valid.to(dtype) / m.clamp(min=1)
         values = input.to(dtype).masked_fill(~valid, 0)
         mean = (values * share).sum(dims)
@@ -68,6 +69,17 @@ def batch_statistics(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor
         return mean, var, count
     var, mean = torch.var_mean(input.to(dtype), dims, correction=0)
     return mean, var, count
+
+
+def all_finite(input: Tensor, mean: Tensor, var: Tensor) -> bool | Tensor:
+    """Whether the statistics of a batch are finite: a bool where the host can look at no cost.
+
+    Elsewhere a tensor, so that nothing waits for the device and no graph breaks.
+    """
+    if input.device.type == "cpu" and _native_kernels_serve(input):
+        # A product with an inf or a NaN is one; so mostly one operation decides.
+        return math.isfinite(torch.dot(mean, var).item()) or bool(torch.isfinite(mean + var).all())
+    return torch.isfinite(mean + var).all()
 
 
 def _scratch(input: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -107,10 +119,12 @@ def transform(
     scale, shift = scale_and_shift(weight, bias, r, d)
     if mask is None:
         return torch.batch_norm(input, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+    valid = positions(mask, input)
+    input = input.masked_fill(~valid, 0)  # on the output alone it would let a NaN into the gradient
     mean, var, _ = batch_statistics(input, mask)  # once more, for the gradient
     normalised = (input - per_channel(mean, input)) * per_channel((var + eps).rsqrt(), input)
     output = normalised * per_channel(scale, input) + per_channel(shift, input)
-    return output.to(input.dtype).masked_fill(~positions(mask, input), 0)
+    return output.to(input.dtype).masked_fill(~valid, 0)
 
 
 @functools.cache
@@ -125,7 +139,8 @@ def _has_native_kernels(device_type: str) -> bool:
 def _native_kernels_serve(input: Tensor) -> bool:
     """Whether the device has the kernels, and nothing must see through them."""
     return (
-        not torch.compiler.is_compiling()
+        type(input) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
         and _has_native_kernels(input.device.type)
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()

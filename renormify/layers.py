@@ -57,6 +57,7 @@ class _BatchRenorm(_NormBase):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias)
+        self._keep_statistics_in_float32()
         self.init_renorm(r_max, d_max, stat)
 
     def init_renorm(self, r_max: float, d_max: float, stat: str) -> None:
@@ -78,15 +79,12 @@ class _BatchRenorm(_NormBase):
         self.register_buffer("_rejected", rejected, persistent=False)
 
     def end_renorm(self) -> None:
-        """Takes away what :meth:`init_renorm` added; statistics follow a weight in half precision again."""
+        """Takes away what :meth:`init_renorm` added."""
         for name in ("_r_max", "_d_max", "_rejected"):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
         for name in ("stat", "_limits", "_warned"):
             del self.__dict__[name]
-        if self.weight is not None and self.weight.dtype.itemsize < 4:
-            self.running_mean = self.running_mean.to(self.weight.dtype)
-            self.running_var = self.running_var.to(self.weight.dtype)
 
     @property
     def r_max(self) -> float:
@@ -127,7 +125,8 @@ class _BatchRenorm(_NormBase):
             return tracer.create_proxy("call_module", path, args, {})  # type: ignore[no-any-return]
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training:
-            self._warn_of_few_values(input)
+            self._keep_statistics_in_float32()
+            self._warn_of_few_values(input, mask)
         # A compiled graph reads the limits from memory, so that moving them does not recompile it.
         compiling = torch.compiler.is_compiling()
         return batch_renorm(
@@ -151,8 +150,14 @@ class _BatchRenorm(_NormBase):
     def _process_group(self) -> ProcessGroup | None:
         return None
 
-    def _warn_of_few_values(self, input: Tensor) -> None:
-        if torch.compiler.is_compiling() or input.numel() > 2 * self.num_features or input.numel() == 0:
+    def _keep_statistics_in_float32(self) -> None:
+        """In half precision they would stand still: a step of momentum 0.01 is below its rounding."""
+        if self.running_mean.dtype.itemsize < 4:
+            self.running_mean = self.running_mean.float()
+            self.running_var = self.running_var.float()
+
+    def _warn_of_few_values(self, input: Tensor, mask: Tensor | None) -> None:
+        if not 0 < input.numel() <= 2 * self.num_features or torch.compiler.is_compiling():
             return
         m = input.numel() // self.num_features
         effect = "its output does not depend on the input" if m == 1 else "the gradient all but vanishes"
@@ -179,24 +184,30 @@ class _BatchRenorm(_NormBase):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchRenorm:
-        """Moves and casts as any module, but statistics and limits stay in float32.
-
-        Statistics in half precision would stand still: a step of momentum 0.01 is below its rounding.
-        """
+        """Moves and casts as any module, but statistics and limits stay in float32."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in ("running_mean", "running_var"):
             old, new = before[name], self._buffers[name]
             if old is not None and new is not None and new.dtype.itemsize < 4 <= old.dtype.itemsize:
                 self._buffers[name] = old.to(new.device, torch.float32)
-        for name, limit in self._limits.items():
-            moved = self._buffers[f"_{name}"].to(torch.float32)  # type: ignore[union-attr]
-            self._buffers[f"_{name}"] = moved.fill_(limit)
-        if before["_rejected"].is_meta:  # type: ignore[union-attr]
-            self._rejected.zero_()
-        else:
-            self._rejected.copy_(before["_rejected"])  # type: ignore[arg-type]
+        self._settle(before["_rejected"])
         return self
+
+    def _settle(self, rejected: Tensor | None) -> None:
+        """Puts limits and count where the statistics are, whatever a cast has made of them."""
+        device = self.running_mean.device
+        for name, limit in self._limits.items():
+            moved = self._buffers[f"_{name}"]
+            if moved is None or moved.dtype != torch.float32 or moved.device != device:
+                moved = torch.empty((), device=device)
+            self._buffers[f"_{name}"] = moved.fill_(limit)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        self._rejected = count if rejected is None or rejected.is_meta else count.copy_(rejected)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._settle(self._rejected)  # with assign=True the statistics may have left the meta device
 
     def extra_repr(self) -> str:
         return (

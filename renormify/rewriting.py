@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from renormify.errors import NothingToConvertError, UnsupportedModelError
 from renormify.layers import is_batch_renorm
-from renormify.rules import Momentum, Settings, convert_layer, refusal, revert_layer
+from renormify.rules import Momentum, Settings, convert_layer, original_of, refusal, revert_layer
 from renormify.sites import Site, find_sites
 from renormify.tracing import is_norm
 
@@ -167,15 +167,17 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         NothingToConvertError: when the model holds no Batch Renorm layer.
-        UnsupportedModelError: as for :func:`convert`.
+        UnsupportedModelError: as for :func:`convert`, and for a layer that derives from one of ours.
     """
     _check_model(model)
-    if not any(is_batch_renorm(module) for module in model.modules()):
+    layers = [name for name, module in model.named_modules() if is_batch_renorm(module)]
+    if not layers:
         raise NothingToConvertError(f"found no Batch Renorm layer in {type(model).__name__} to revert")
+    for name in layers:
+        original_of(model.get_submodule(name))  # before any is changed
     target = _target(model, inplace)
-    for module in target.modules():
-        if is_batch_renorm(module):
-            revert_layer(module)
+    for name in layers:
+        revert_layer(target.get_submodule(name))
     return target
 
 
@@ -183,7 +185,14 @@ def rewrite(graph_module: fx.GraphModule, settings: Settings = Settings()) -> Pa
     """The FX pass, for a pipeline of passes: converts the norm nodes of a GraphModule, in place.
 
     A graph without BatchNorm passes through unmodified.
+
+    Raises:
+        UnsupportedModelError: for a module that is not a GraphModule.
     """
+    if not isinstance(graph_module, fx.GraphModule):
+        raise UnsupportedModelError(
+            f"expected a GraphModule (got {type(graph_module).__name__}); see convert()"
+        )
     verdicts = _judge(find_sites(graph_module), None, False)
     return PassResult(graph_module, _apply(graph_module, verdicts, settings))
 
@@ -245,13 +254,26 @@ def _target(model: nn.Module, inplace: bool) -> nn.Module:
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model, memo)
+        for module in model.modules():
+            if isinstance(module, fx.GraphModule):
+                _complete(memo[id(module)], copy.deepcopy(module.__dict__, memo))
     except Exception as error:  # a module's own __deepcopy__ may raise anything
+        what = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {what}); "
             "convert it in place, with inplace=True"
         ) from error
+    return copied
+
+
+def _complete(graph_module: fx.GraphModule, attributes: dict[str, Any]) -> None:
+    """Gives the copy of a GraphModule what its ``__deepcopy__`` leaves out: hooks and plain attributes."""
+    for name, value in attributes.items():
+        if name not in graph_module.__dict__ or "_hooks" in name:
+            graph_module.__dict__[name] = value
 
 
 def _require_some(model: nn.Module, verdicts: _Verdicts) -> None:

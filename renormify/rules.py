@@ -10,16 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from renormify.errors import InputError
+from renormify.errors import InputError, UnsupportedModelError
 from renormify.functional import STATS
 from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, is_batch_renorm
 from renormify.sites import Site
 from renormify.sync import SyncBatchRenorm
 
-__all__ = ["Momentum", "Settings", "convert_layer", "refusal", "revert_layer"]
+__all__ = ["Momentum", "Settings", "convert_layer", "original_of", "refusal", "revert_layer"]
 
 Momentum = float | None | Literal["keep"]
 
@@ -38,18 +39,19 @@ class Settings:
     stat: str = "sigma"
 
     def __post_init__(self) -> None:
-        if not self.r_max >= 1:
-            raise InputError(f"r_max must be at least 1 (got {self.r_max})")
-        if not self.d_max >= 0:
-            raise InputError(f"d_max must be at least 0 (got {self.d_max})")
+        if not _at_least(self.r_max, 1):
+            raise InputError(f"r_max must be a number of at least 1 (got {self.r_max!r})")
+        if not _at_least(self.d_max, 0):
+            raise InputError(f"d_max must be a number of at least 0 (got {self.d_max!r})")
         if self.stat not in STATS:
             raise InputError(f"stat must be one of {', '.join(STATS)} (got {self.stat!r})")
         momentum = self.momentum
-        if isinstance(momentum, str):
-            if momentum != "keep":
-                raise InputError(f"momentum must be a number, None or 'keep' (got {momentum!r})")
-        elif momentum is not None and not 0 <= momentum <= 1:
-            raise InputError(f"momentum must be between 0 and 1, None or 'keep' (got {momentum})")
+        if momentum is not None and momentum != "keep" and not (_at_least(momentum, 0) and momentum <= 1):
+            raise InputError(f"momentum must be a number from 0 to 1, None or 'keep' (got {momentum!r})")
+
+
+def _at_least(value: object, least: float) -> bool:
+    return isinstance(value, (int, float)) and value >= least
 
 
 _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -59,10 +61,12 @@ _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: SyncBatchRenorm,
 }
 
-# A subclass that defines no more than these computes what its base computes.
-_INERT = frozenset({
-    "__annotations__", "__dict__", "__doc__", "__firstlineno__", "__init__", "__module__", "__parameters__",
-    "__qualname__", "__repr__", "__static_attributes__", "__weakref__", "extra_repr", "reset_parameters",
+# What a subclass may define and still compute, and be to its users, what its base is. Other special names
+# matter where they are among the active ones.
+_INERT = frozenset({"extra_repr", "reset_parameters", "_abc_impl"})
+_ACTIVE = frozenset({
+    "__call__", "__deepcopy__", "__getattr__", "__getattribute__", "__getstate__", "__reduce__",
+    "__reduce_ex__", "__setattr__", "__setstate__",
 })  # fmt: skip
 
 
@@ -100,14 +104,14 @@ def _refusal_of_class(module: nn.Module, base: type[nn.Module]) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     lineage = type(module).__mro__
-    own = {name for cls in lineage[: lineage.index(base)] for name in vars(cls)} - _INERT
+    names = {name for cls in lineage[: lineage.index(base)] for name in vars(cls)} - _INERT
+    own = {name for name in names if name in _ACTIVE or not name.startswith("__")}
     if "forward" in own:
         return f"{type(module).__name__} has a forward of its own, which conversion would lose"
     if nn.utils.parametrize.is_parametrized(module):
         return "parametrized; remove its parametrizations first"
     if own:
-        names = ", ".join(sorted(own))
-        return f"{type(module).__name__} defines {names}, which conversion would lose"
+        return f"{type(module).__name__} defines {', '.join(sorted(own))}, which conversion would lose"
     return None
 
 
@@ -124,21 +128,36 @@ def convert_layer(module: nn.Module, settings: Settings) -> None:
     base = _torch_base(module)
     assert base is not None, "refusal() lets only classes of torch.nn pass"
     layer: Any = module
-    layer.converted_from = (type(module), layer.momentum)
+    layer.converted_from = (type(module), layer.momentum, layer.running_mean.dtype)
     layer.__class__ = _COUNTERPARTS[base]
     layer.init_renorm(settings.r_max, settings.d_max, settings.stat)
     if settings.momentum != "keep":
         layer.momentum = settings.momentum
 
 
-def revert_layer(module: nn.Module) -> None:
-    """Turns a Batch Renorm layer into the BatchNorm it was, or into that of torch.nn, in place.
+def original_of(layer: Any) -> tuple[type[nn.Module], float | None, torch.dtype]:
+    """The class that a Batch Renorm layer had, its momentum, and the dtype of its statistics.
 
-    The momentum is that of the BatchNorm it was converted from; a layer that was never one keeps its own.
+    Of a layer that was never a BatchNorm: the class of torch.nn that corresponds, and what it has now.
+
+    Raises:
+        UnsupportedModelError: for a class that derives from a layer of ours.
     """
+    counterpart = next((bn for bn, renorm in _COUNTERPARTS.items() if type(layer) is renorm), None)
+    if counterpart is None:
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} derives from a Batch Renorm layer; no BatchNorm corresponds to it"
+        )
+    dtype = layer.running_mean.dtype if layer.weight is None else layer.weight.dtype
+    return getattr(layer, "converted_from", (counterpart, layer.momentum, dtype))
+
+
+def revert_layer(module: nn.Module) -> None:
+    """Turns a Batch Renorm layer into what :func:`original_of` tells, in place."""
     layer: Any = module
-    counterpart = next(bn for bn, renorm in _COUNTERPARTS.items() if isinstance(module, renorm))
-    original, momentum = getattr(layer, "converted_from", (counterpart, layer.momentum))
+    original, momentum, dtype = original_of(layer)
+    if dtype.itemsize < layer.running_mean.dtype.itemsize == 4:  # raised to float32 by training, or by a cast
+        layer.running_mean, layer.running_var = layer.running_mean.to(dtype), layer.running_var.to(dtype)
     layer.end_renorm()
     layer.__dict__.pop("converted_from", None)
     layer.__class__ = original

@@ -51,8 +51,8 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     in_tree = [_site(name, module) for name, module in modules.items() if is_norm(module)]
     graph = model.graph if isinstance(model, fx.GraphModule) else trace(model)
     calls = [] if graph is None else list(_functional_calls(graph, modules))
-    order = {name: position for position, name in enumerate(modules)}
-    return tuple(sorted([*in_tree, *calls], key=lambda site: order[site.name.partition(":")[0]]))
+    order = {id(module): position for position, module in enumerate(modules.values())}
+    return tuple(sorted([*in_tree, *calls], key=lambda site: order[id(site.module)]))
 
 
 def _site(name: str, module: nn.Module) -> Site:
@@ -74,9 +74,10 @@ def _functional_calls(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterato
         index = calls_of_invocation.get(invocation, 0)
         calls_of_invocation[invocation] = index + 1
         name = f"{path}:{index}" if index else path
-        if name not in seen and path in modules:  # a module called twice makes the same calls again
+        if name not in seen:  # a module called twice makes the same calls again
             seen.add(name)
-            yield Site(name, "batch_norm()", None, modules[path])
+            # A GraphModule does not keep a module without state; the call is its own then.
+            yield Site(name, "batch_norm()", None, modules.get(path, modules[""]))
 
 
 def _running_mean(node: fx.Node) -> Any:

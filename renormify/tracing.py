@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from renormify.layers import is_batch_renorm
@@ -50,33 +52,63 @@ class NormTracer(fx.Tracer):
 def trace(model: nn.Module) -> fx.Graph | None:
     """The graph of the model's forward in its present mode, or None where Python cannot be traced.
 
-    The model is afterwards as it was: no module, attribute or random number generator has moved.
+    The model is afterwards as it was: no attribute or random number generator has moved, no hook has fired.
     """
-    with warnings.catch_warnings(), _attributes_restored(model), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), _attributes_restored(model), _generators_restored():
         warnings.simplefilter("ignore")
+        for module in model.modules():  # a hook that collects features would collect proxies
+            for name in _HOOKS:
+                module.__dict__[name] = OrderedDict()
         try:
             return NormTracer().trace(model)
         except Exception:  # a forward may raise anything when it meets a proxy
             return None
 
 
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_forward_hooks", "_forward_pre_hooks")))
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(before[0])
+        if numpy is not None:
+            numpy.random.set_state(before[1])
+
+
 @contextmanager
 def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """A forward may keep what it computed (LeViT its biases); a proxy kept so would break the model."""
-    before = [(module, _snapshot(module)) for module in model.modules()]
+    undo = [_snapshot(vars(module)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            for name, (value, content) in attributes.items():
-                module.__dict__[name] = value
-                if content is not None:
-                    value.clear()
-                    (value.extend if isinstance(value, list) else value.update)(content)
+        for restore in undo:
+            restore()
 
 
-def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each attribute with a copy of its content, where it is a plain container a forward may add to."""
-    containers = (dict, OrderedDict, list, set)
-    return {k: (v, v.copy() if type(v) in containers else None) for k, v in module.__dict__.items()}
+def _snapshot(container: Any) -> Callable[[], None]:
+    """A function that gives a container, and the containers and tensors in it, their content again."""
+    values = container.values() if isinstance(container, dict) else container
+    inner = [_snapshot(value) for value in values if type(value) in _CONTAINERS]
+    tensors = [
+        (t, t._version, t.detach().clone()) for t in values if type(t) is Tensor and not t.is_inference()
+    ]
+    content = dict(container) if isinstance(container, dict) else list(container)
+
+    def restore() -> None:
+        container.clear()
+        container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+        for undo in inner:
+            undo()
+        for tensor, version, value in tensors:
+            if tensor._version != version:
+                tensor.detach().copy_(value)
+
+    return restore

@@ -1,0 +1,65 @@
+"""The example arguments of a model: their tensors, their batch axis, and the model held in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from renormify import errors
+
+__all__ = ["as_arguments", "batch_size", "evaluating", "has_batch", "map_tensors", "tensors_of"]
+
+
+def as_arguments(args: Any) -> tuple[Any, ...]:
+    """Return the positional arguments of forward: a tensor, a list or a dict becomes a tuple of one.
+
+    Raises:
+        errors.InputError: there is no tensor in ``args``.
+    """
+    arguments = args if isinstance(args, tuple) else (args,)
+    if not tensors_of(arguments):
+        raise errors.InputError(
+            f"expected an example input, a tensor or a tuple of tensors (got {type(args).__name__})"
+        )
+    return arguments
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors in ``tree``, in pytree order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Apply ``function`` to each tensor of ``arguments`` and leave everything else."""
+    mapped: tuple[Any, ...] = pytree.tree_map_only(Tensor, function, arguments)
+    return mapped
+
+
+def batch_size(arguments: tuple[Any, ...]) -> int | None:
+    """Return the first dimension of the first tensor that has one: the batch."""
+    return next((tensor.shape[0] for tensor in tensors_of(arguments) if tensor.ndim > 0), None)
+
+
+def has_batch(tensor: Tensor, size: int | None) -> bool:
+    """Tell whether the first dimension of ``tensor`` is the batch of ``size`` rows."""
+    return tensor.ndim > 0 and tensor.shape[0] == size
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Hold ``model`` in evaluation mode; every submodule's own training flag comes back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        # The module of a torch.export program has no modes and says so.
+        if any(training for _, training in flags):
+            with suppress(NotImplementedError):
+                model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,246 @@
+"""From a torch model to an ONNX file: torch's own exporter, a clean graph, the inference affine folded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.utils import _pytree as pytree
+
+from renormify import errors
+from renormify.onnx.cleaning import clean
+from renormify.onnx.examples import as_arguments, batch_size, evaluating, has_batch, map_tensors, tensors_of
+from renormify.onnx.files import check_destination, first_line, write_model
+from renormify.onnx.folding import Fold, fold_graph
+
+__all__ = ["Export", "export_onnx"]
+
+# The lowest opset that torch's exporter writes; below it the finished file is converted.
+LOWEST_OPSET = 18
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What ``export_onnx`` returns.
+
+    Attributes:
+        path: the file.
+        opset: the opset the file is in.
+        fold: what became of each BatchNormalization, or None for ``fold=False``.
+    """
+
+    path: Path
+    opset: int
+    fold: Fold | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "path": str(self.path),
+            "opset": self.opset,
+            "fold": None if self.fold is None else self.fold.to_dict(),
+        }
+
+
+def export_onnx(
+    model: torch.nn.Module,
+    args: Any,
+    path: str | os.PathLike[str],
+    *,
+    dynamic_batch: bool = True,
+    fold: bool = True,
+    opset_version: int | None = None,
+) -> Export:
+    """Export a model to ONNX as it evaluates, its BatchNorm and Batch Renorm folded into what comes before.
+
+    The model is exported in evaluation mode; each submodule's own training flag comes back afterwards. A file
+    of that name is replaced, and only by a whole one.
+
+    Args:
+        model: the model.
+        args: an example input: a tensor, or the tuple of forward's positional arguments, which may hold
+            tensors in dicts and lists. The first dimension of the first tensor is the batch; of the other
+            tensors, those that begin with the same size have a batch too. One row serves as well as any.
+        path: the file to write.
+        dynamic_batch: whether the file takes every batch size, or only the example's.
+        fold: whether to fold BatchNormalization into the operator before it (see ``fold_onnx``).
+        opset_version: the ONNX opset, or None for the one that torch's exporter prefers.
+
+    Raises:
+        errors.InputError: ``model`` is no module, or ``args`` hold no tensor.
+        errors.OutputError: the folder of ``path`` does not exist.
+        errors.ExportError: torch cannot export the model, or not with a dynamic batch, or not in that opset.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise errors.InputError(f"expected a torch.nn.Module to export (got {type(model).__name__})")
+    arguments = as_arguments(args)
+    destination = check_destination(path)
+    with evaluating(model):
+        exported = _export(model, arguments, dynamic_batch=dynamic_batch, opset_version=opset_version)
+    clean(exported)
+    sites = fold_graph(exported) if fold else None
+    exported = _in_opset(exported, opset_version)
+    write_model(exported, destination)
+    return Export(
+        destination,
+        exported.opset_imports[""],
+        None if sites is None else Fold(ir.to_proto(exported), sites),
+    )
+
+
+def _export(
+    model: torch.nn.Module, arguments: tuple[Any, ...], *, dynamic_batch: bool, opset_version: int | None
+) -> ir.Model:
+    """Run torch's exporter without its optimizer, quietly, and name what it left unnamed."""
+    size = batch_size(arguments) if dynamic_batch else None
+    shapes = None
+    if size is not None:
+        dynamic = torch.export.Dim.DYNAMIC
+        shapes = map_tensors(lambda tensor: {0: dynamic} if has_batch(tensor, size) else None, arguments)
+        # torch.export takes a size of 1 for a constant, and broadcasts along it.
+        if size == 1:
+            arguments = map_tensors(
+                lambda tensor: torch.cat([tensor, tensor]) if has_batch(tensor, 1) else tensor, arguments
+            )
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                # A last argument that is a dict would be taken for keyword arguments, but for the empty one.
+                (*arguments, {}),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                dynamic_shapes=shapes,
+                opset_version=None if opset_version is None else max(opset_version, LOWEST_OPSET),
+            )
+    except Exception as error:  # whatever the user's forward and three layers of exporter may raise
+        advice = "; dynamic_batch=False exports it for this batch size alone" if size is not None else ""
+        raise errors.ExportError(
+            f"torch.onnx.export cannot export {type(model).__name__}: {_cause(error)}{advice}"
+        ) from error
+    assert program is not None  # dynamo=True always returns one
+    exported: ir.Model = program.model
+    if size is not None:
+        batched = [has_batch(tensor, batch_size(arguments)) for tensor in tensors_of(arguments)]
+        _name_batch(exported, batched, type(model).__name__)
+    if program.exported_program is not None:
+        _name_outputs(exported, program.exported_program)
+    return exported
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the error at the root: the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's log and its warnings for the time of the export."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        # pytree and torch.export warn about their own internals, and each release about others.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", module=r"(torch|onnxscript|onnx_ir|onnx|copyreg)(\.|$)")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _name_batch(model: ir.Model, batched: list[bool], name: str) -> None:
+    """Call the batch "batch" throughout; an input that lost it means that the model baked its batch in."""
+    if len(batched) != len(model.graph.inputs):
+        return  # an argument that forward does not use is left out: which one, the graph does not say
+    symbols = set()
+    for value, has in zip(model.graph.inputs, batched, strict=True):
+        if not has:
+            continue
+        dimension = None if value.shape is None else value.shape[0]
+        if isinstance(dimension, int):
+            raise errors.ExportError(
+                f"{name} works only at batch size {dimension} (input {value.name!r}): make its forward take "
+                "the batch from the input's shape, or export with dynamic_batch=False"
+            )
+        symbols.add(str(dimension))
+    if len(symbols) != 1:
+        return  # two batches that need not agree keep two names
+    (symbol,) = symbols
+    for graph in model.graphs():
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+            if value.shape is not None and not value.shape.frozen:
+                for axis, dimension in enumerate(value.shape):
+                    if str(dimension) == symbol:
+                        value.shape[axis] = BATCH
+
+
+def _name_outputs(model: ir.Model, program: torch.export.ExportedProgram) -> None:
+    """Give the outputs the names that the model's own structure has for them, not "getitem_3"."""
+    kinds = program.graph_signature.output_specs
+    tensors = [
+        index
+        for index, spec in enumerate(kinds)
+        if isinstance(spec.arg, torch.export.graph_signature.TensorArgument)
+    ]
+    spec = program.call_spec.out_spec
+    if spec is None or len(tensors) != len(model.graph.outputs) or spec.num_leaves != len(kinds):
+        return
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = {leaf: path for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
+    taken = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
+    names = []
+    for index in tensors:
+        parts = [
+            str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in paths[index]
+        ]
+        name = "_".join(["output", *parts] if not parts or parts[0].isdigit() else parts)
+        names.append(name)
+    if len(set(names)) != len(names) or taken & set(names):
+        return
+    outputs = dict.fromkeys(model.graph.outputs)
+    if len(outputs) != len(names):
+        return  # one value returned twice has one name
+    for graph in model.graphs():
+        for node in graph:
+            for value in node.outputs:
+                if value.name in names and value not in outputs:
+                    value.name = f"{value.name}_inner"
+    for value, name in zip(outputs, names, strict=True):
+        if value.producer() is not None:
+            value.name = name
+
+
+def _in_opset(model: ir.Model, opset_version: int | None) -> ir.Model:
+    """Return ``model`` in the opset asked for.
+
+    Raises:
+        errors.ExportError: onnx has no conversion for one of the operators.
+    """
+    if opset_version is None or model.opset_imports[""] == opset_version:
+        return model
+    import onnx
+
+    try:
+        return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), opset_version))
+    except Exception as error:  # the converter raises RuntimeError and its own ConvertError
+        raise errors.ExportError(
+            f"the model cannot be written in opset {opset_version}: {first_line(error)}; "
+            f"opset_version={LOWEST_OPSET} or newer needs no conversion"
+        ) from error

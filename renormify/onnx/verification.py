@@ -1,0 +1,323 @@
+"""Parity between a torch model and an ONNX file, measured in the float noise that torch itself makes.
+
+The judge knows a callable and a file, and nothing of how the one became the other. The model in float64 is
+the truth. How far torch's own float32 forward is from it is the floor: no file can be asked for less. The
+file may be off by ``NOISE_FACTOR`` floors and ``NOISE_ULPS`` units in the last place of the output's largest
+value, and over many elements, in the root mean square, by somewhat less.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from renormify import errors
+from renormify.onnx.examples import as_arguments
+from renormify.onnx.reference import FALLBACK, Array, Reference, ask_torch, to_numpy
+from renormify.onnx.runtimes import RUNTIMES
+
+__all__ = ["OutputParity", "Parity", "verify_onnx"]
+
+#: The error allowed an element, in floors. Another order of summation, as another runtime has it, makes
+#: errors of the floor's size; the largest of two such sets differ by a small factor (2.0 over 12 networks).
+NOISE_FACTOR = 4.0
+#: And, in units in the last place of the output's largest value, for where the floor happens to be 0.
+NOISE_ULPS = 4.0
+#: The root mean square of many elements hardly varies (a ratio of 1.6 over the same networks), so it is held
+#: closer: a small error in every element is a fault that the largest error does not show.
+SPREAD_FACTOR = 3.0
+SPREAD_ULPS = 1.0
+SPREAD_ELEMENTS = 100
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """One output at one batch size on one runtime.
+
+    Attributes:
+        name: the output's name in the file; "(file)" where it could not be run.
+        batch_size: rows of the input.
+        runtime: what ran the file.
+        shape: the shape it came in, or None where it did not come.
+        max_abs: the largest absolute difference from the float64 model, None where it cannot be told.
+        max_rel: ``max_abs`` relative to the largest absolute value of the float64 output.
+        floor: the largest absolute difference between torch's own forward and the float64 model's, over all
+            batch sizes; None without a float64 model.
+        tolerance: the absolute difference allowed, at the element that is nearest to it or farthest beyond.
+        top1: for outputs of rank 2, the share of rows whose largest entry is where torch has it.
+        passed: whether it is the same output, up to float noise or to the tolerance that was given.
+        reason: why not, in words; empty where it passed.
+    """
+
+    name: str
+    batch_size: int
+    runtime: str
+    shape: tuple[int, ...] | None
+    max_abs: float | None
+    max_rel: float | None
+    floor: float | None
+    tolerance: float | None
+    top1: float | None
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What ``verify_onnx`` returns.
+
+    Attributes:
+        path: the file.
+        outputs: one entry per output, batch size and runtime.
+        first_divergence: the path of the torch module from which the file diverges; None where it is not
+            known, and it is not sought yet.
+        notes: what a reader should know about how it was measured.
+    """
+
+    path: Path
+    outputs: tuple[OutputParity, ...]
+    first_divergence: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output passed at every batch size on every runtime."""
+        return bool(self.outputs) and all(output.passed for output in self.outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "path": str(self.path),
+            "passed": self.passed,
+            "outputs": [asdict(output) for output in self.outputs],
+            "first_divergence": self.first_divergence,
+            "notes": list(self.notes),
+        }
+
+
+def verify_onnx(
+    model: torch.nn.Module | Callable[..., Any],
+    path: str | os.PathLike[str],
+    args: Any,
+    *,
+    batch_sizes: tuple[int, ...] = (1, 2, 7),
+    rtol: float | None = None,
+    atol: float | None = None,
+    runtimes: tuple[str, ...] = ("onnxruntime",),
+) -> Parity:
+    """Run a model and an ONNX file on the same inputs and compare every output.
+
+    Outputs are matched by position with the tensors that the model returns. NaN, infinities, a missing, extra
+    or misshapen output, another dtype, and a file that does not run all fail; they never raise.
+
+    Args:
+        model: the torch model; it is run in evaluation mode, and its training flags come back afterwards.
+        path: the ONNX file.
+        args: an example input, as for ``export_onnx``. At each batch size the example's own rows come first;
+            further rows are seeded noise with the example's mean, standard deviation and range (for integers,
+            the example's rows again).
+        batch_sizes: the batch sizes to compare at.
+        rtol: if it or ``atol`` is given, an element may differ by ``atol + rtol * abs(truth)`` instead of by
+            float noise; the other is then 0.
+        atol: see ``rtol``.
+        runtimes: what to run the file with: "onnxruntime".
+
+    Raises:
+        errors.InputError: ``args`` hold no tensor, or an unknown runtime, or a batch size below 1.
+        errors.CheckpointError: the file is missing or not an ONNX file.
+    """
+    unknown = [name for name in runtimes if name not in RUNTIMES]
+    if unknown or not runtimes:
+        raise errors.InputError(
+            f"expected runtimes among {', '.join(RUNTIMES)} (got {', '.join(unknown) or 'none'})"
+        )
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise errors.InputError(f"expected batch sizes of at least 1 (got {tuple(batch_sizes)})")
+    for limit in (rtol, atol):
+        if limit is not None and not limit >= 0:
+            raise errors.InputError(f"expected rtol and atol of at least 0 (got {limit})")
+    arguments = as_arguments(args)
+    path = _check_file(path)
+    reference = ask_torch(model, arguments, tuple(batch_sizes))
+    given = None if rtol is None and atol is None else (atol or 0.0, rtol or 0.0)
+    records: list[OutputParity] = []
+    for name in runtimes:
+        records += _judge(name, path, reference, given)
+    return Parity(path, tuple(records), notes=reference.notes)
+
+
+def _check_file(path: str | os.PathLike[str]) -> Path:
+    import onnx
+
+    path = Path(path)
+    if not path.is_file():
+        raise errors.CheckpointError(f"no ONNX file at {path}: check the path")
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError, whose module differs between its implementations
+        raise errors.CheckpointError(f"{path} is not an ONNX file: {error}") from error
+    if not proto.opset_import:
+        raise errors.CheckpointError(f"{path} is not an ONNX file: it names no opset")
+    return path
+
+
+def _judge(
+    name: str, path: Path, reference: Reference, given: tuple[float, float] | None
+) -> list[OutputParity]:
+    """Compare one runtime with torch at every batch size."""
+    try:
+        runtime = RUNTIMES[name](path)
+    except errors.RenormifyError:  # the runtime's package is missing: it says what to install
+        raise
+    except Exception as error:  # each runtime has its own types
+        reason = f"{name} cannot load it: {_line(error)}"
+        return [_failure("(file)", size, name, reason) for size in reference.answers]
+    records: list[OutputParity] = []
+    for size, answer in reference.answers.items():
+        if len(answer.inputs) != len(runtime.input_names):
+            reason = f"the file takes {len(runtime.input_names)} inputs, the example has {len(answer.inputs)}"
+            records.append(_failure("(file)", size, name, reason))
+            continue
+        try:
+            outputs = runtime.run(answer.inputs)
+        except Exception as error:
+            records.append(
+                _failure("(file)", size, name, f"it does not run at batch size {size}: {_line(error)}")
+            )
+            continue
+        counts = f"the file has {len(outputs)} outputs, the model {len(answer.outputs)}"
+        for position, output in enumerate(outputs):
+            title = runtime.output_names[position]
+            if position < len(answer.outputs):
+                records.append(_compare(title, size, name, position, output, reference, given))
+            else:
+                records.append(_failure(title, size, name, f"{counts}: this one is extra", output.shape))
+        for position in range(len(outputs), len(answer.outputs)):
+            records.append(_failure(f"(output {position})", size, name, f"{counts}: this one is missing"))
+    return records
+
+
+def _failure(
+    name: str, size: int, runtime: str, reason: str, shape: tuple[int, ...] | None = None
+) -> OutputParity:
+    return OutputParity(name, size, runtime, shape, None, None, None, None, None, False, reason)
+
+
+def _line(error: BaseException) -> str:
+    """Return an error's message on one line, of a length one can read."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 300 else f"{message[:297]}..."
+
+
+def _compare(
+    name: str,
+    size: int,
+    runtime: str,
+    position: int,
+    output: Array,
+    reference: Reference,
+    given: tuple[float, float] | None,
+) -> OutputParity:
+    """Compare one output with torch's; the first thing wrong is the reason."""
+    answer = reference.answers[size]
+    own = answer.outputs[position]
+    expected = to_numpy(own)
+    shape = tuple(output.shape)
+    if shape != expected.shape:
+        reason = f"its shape is {shape}, torch's {tuple(expected.shape)}"
+        return _failure(name, size, runtime, reason, shape)
+    if output.dtype != expected.dtype:
+        return _failure(name, size, runtime, f"its type is {output.dtype}, torch's {expected.dtype}", shape)
+    theirs, ours = torch.from_numpy(output.astype(np.float64)), own.double()
+    truth = ours if answer.truth is None else answer.truth[position].double()
+    tolerance = _tolerance(own.dtype, position, truth, reference, given)
+    difference = (theirs - truth).abs()
+    if not own.is_floating_point():
+        # An arg max may turn over by noise alone: where torch's own forward does, nothing is asked.
+        difference = torch.where(ours == truth, difference, 0.0)
+    reason = _not_finite(theirs, ours) or _beyond(difference, tolerance)
+    if not reason and given is None and own.is_floating_point():
+        reason = _spread_beyond(difference, own.dtype, position, reference)
+    max_abs = float(difference.max()) if difference.numel() else 0.0
+    largest = float(truth.abs().max()) if truth.numel() else 0.0
+    nearest = int((difference - tolerance).flatten().argmax()) if difference.numel() else None
+    return OutputParity(
+        name=name,
+        batch_size=size,
+        runtime=runtime,
+        shape=shape,
+        max_abs=max_abs if math.isfinite(max_abs) else None,
+        max_rel=max_abs / largest if largest > 0.0 and math.isfinite(max_abs / largest) else None,
+        floor=None if reference.floors is None else reference.floors[position],
+        tolerance=0.0 if nearest is None else float(tolerance.flatten()[nearest]),
+        top1=_top1(theirs, ours),
+        passed=not reason,
+        reason=reason,
+    )
+
+
+def _tolerance(
+    dtype: torch.dtype, position: int, truth: Tensor, reference: Reference, given: tuple[float, float] | None
+) -> Tensor:
+    """Return what each element may differ by."""
+    if given is not None:
+        atol, rtol = given
+        return atol + rtol * truth.abs()
+    if not dtype.is_floating_point:
+        return torch.zeros_like(truth)
+    largest = reference.largest[position]
+    if reference.floors is None:
+        allowed = FALLBACK.get(dtype, FALLBACK[torch.float32]) * largest
+    else:
+        ulp = torch.finfo(dtype).eps * largest
+        allowed = NOISE_FACTOR * reference.floors[position] + NOISE_ULPS * ulp
+    return torch.full_like(truth, allowed)
+
+
+def _beyond(difference: Tensor, tolerance: Tensor) -> str:
+    """Say how many elements differ by more than they may, and which by most, or ""."""
+    beyond = difference.isnan() | (difference > tolerance)
+    count = int(beyond.sum())
+    if not count:
+        return ""
+    worst = int(torch.where(beyond, difference - tolerance, -1.0).flatten().argmax())
+    return (
+        f"{count} of {difference.numel()} elements differ by more than the tolerance: "
+        f"{float(difference.flatten()[worst]):.3g} where {float(tolerance.flatten()[worst]):.3g} is allowed"
+    )
+
+
+def _spread_beyond(difference: Tensor, dtype: torch.dtype, position: int, reference: Reference) -> str:
+    """Say that the elements are together farther off than noise would have them, or ""."""
+    if reference.spreads is None or difference.numel() < SPREAD_ELEMENTS:
+        return ""
+    spread = float(difference.square().mean().sqrt())
+    ulp = torch.finfo(dtype).eps * reference.largest[position]
+    allowed = SPREAD_FACTOR * reference.spreads[position] + SPREAD_ULPS * ulp
+    if spread <= allowed:
+        return ""
+    return f"the root mean square of the differences is {spread:.3g} where noise explains {allowed:.3g}"
+
+
+def _not_finite(theirs: Tensor, ours: Tensor) -> str:
+    """Say which of the two is not finite, or ""."""
+    for tensor, owner in ((ours, "torch's own output"), (theirs, "the file's output")):
+        bad = ~tensor.isfinite()
+        if bool(bad.any()):
+            kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
+            return f"{owner} is {kind} in {int(bad.sum())} of {tensor.numel()} elements"
+    return ""
+
+
+def _top1(theirs: Tensor, ours: Tensor) -> float | None:
+    if ours.ndim != 2 or ours.shape[1] < 2 or not ours.shape[0] or not ours.is_floating_point():
+        return None
+    return float((theirs.argmax(1) == ours.argmax(1)).double().mean())

@@ -1,0 +1,330 @@
+"""The judge: what it passes, and every planted fault it must not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from renormify import errors
+from renormify.onnx import Parity, export_onnx, verify_onnx
+
+
+class TwoHeads(nn.Module):
+    """A small trained-looking network with two outputs of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8, eps=1e-3),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.BatchNorm2d(8),
+        )
+        self.left, self.right = nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x).mean((2, 3))
+        return self.left(features), self.right(features)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tensor, bytes]:
+    torch.manual_seed(0)
+    model = TwoHeads()
+    for norm in (model.body[1], model.body[4]):
+        with torch.no_grad():
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(1e-3, 2)
+            norm.weight.normal_(1, 0.3)
+            norm.bias.normal_()
+    x = torch.randn(2, 3, 8, 8)
+    path = export_onnx(model, x, tmp_path_factory.mktemp("exported") / "model.onnx", fold=False).path
+    return model, x, path.read_bytes()
+
+
+@pytest.fixture
+def model(exported: tuple[nn.Module, Tensor, bytes]) -> nn.Module:
+    return copy.deepcopy(exported[0]).eval()
+
+
+@pytest.fixture
+def x(exported: tuple[nn.Module, Tensor, bytes]) -> Tensor:
+    return exported[1]
+
+
+@pytest.fixture
+def path(exported: tuple[nn.Module, Tensor, bytes], tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(exported[2])
+    return path
+
+
+def edited(path: Path, edit: Callable[[onnx.ModelProto], None]) -> Path:
+    proto = onnx.load(path)
+    edit(proto)
+    onnx.checker.check_model(proto)
+    onnx.save(proto, path)
+    return path
+
+
+def set_weight(proto: onnx.ModelProto, change: Callable[[np.ndarray], None], rank: int = 4) -> None:
+    tensor = next(tensor for tensor in proto.graph.initializer if len(tensor.dims) == rank)
+    array = numpy_helper.to_array(tensor).copy()
+    change(array)
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def test_same_model_passes_with_its_figures(model: nn.Module, path: Path, x: Tensor) -> None:
+    model.train()
+    model.body[1].eval()
+    flags = [module.training for module in model.modules()]
+    parity = verify_onnx(model, path, x)
+    assert [module.training for module in model.modules()] == flags
+    assert parity.passed
+    assert (parity.path, parity.first_divergence, parity.notes) == (path, None, ())
+    assert [(record.batch_size, record.shape) for record in parity.outputs] == [
+        (size, (size, 5)) for size in (1, 2, 7) for _ in range(2)
+    ]
+    for record in parity.outputs:
+        assert record.max_abs is not None
+        assert record.floor is not None
+        assert record.tolerance is not None
+        assert 0 < record.floor < record.tolerance < 1e-5
+        assert record.max_abs <= record.tolerance
+        assert record.top1 == 1.0
+    assert json.loads(json.dumps(parity.to_dict(), allow_nan=False))["passed"] is True
+
+
+def fault_weight(proto: onnx.ModelProto) -> None:
+    set_weight(proto, lambda w: w.__setitem__((0, 0, 0, 0), w[0, 0, 0, 0] + 1e-3))
+
+
+def fault_swapped(proto: onnx.ModelProto) -> None:
+    first, second = proto.graph.output
+    swapped = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in (second, first)]
+    del proto.graph.output[:]
+    proto.graph.output.extend(swapped)
+
+
+def fault_nan(proto: onnx.ModelProto) -> None:
+    set_weight(proto, lambda w: w.__setitem__(0, np.nan))
+
+
+def fault_inf(proto: onnx.ModelProto) -> None:
+    set_weight(proto, lambda w: w.__setitem__((0, 0), np.inf), rank=2)
+
+
+def fault_removed(proto: onnx.ModelProto) -> None:
+    del proto.graph.output[1]
+
+
+def fault_extra(proto: onnx.ModelProto) -> None:
+    conv = next(node for node in proto.graph.node if node.op_type == "Conv")
+    proto.graph.output.append(helper.make_tensor_value_info(conv.output[0], 1, ["batch", 8, 8, 8]))
+
+
+def fault_eps(proto: onnx.ModelProto) -> None:
+    norm = next(node for node in proto.graph.node if node.op_type == "BatchNormalization")
+    next(a for a in norm.attribute if a.name == "epsilon").f = 1e-5
+
+
+def fault_shape(proto: onnx.ModelProto) -> None:
+    head = next(node for node in proto.graph.node if node.output[0] == proto.graph.output[0].name)
+    head.output[0] = "inner"
+    axes = numpy_helper.from_array(np.array([0]), "axes")
+    proto.graph.initializer.append(axes)
+    name = proto.graph.output[0].name
+    proto.graph.node.append(helper.make_node("Unsqueeze", ["inner", "axes"], [name]))
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info(name, 1, [1, "batch", 5]))
+
+
+def fault_dtype(proto: onnx.ModelProto) -> None:
+    head = next(node for node in proto.graph.node if node.output[0] == proto.graph.output[0].name)
+    head.output[0] = "inner"
+    name = proto.graph.output[0].name
+    proto.graph.node.append(helper.make_node("Cast", ["inner"], [name], to=onnx.TensorProto.DOUBLE))
+    proto.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+
+
+FAULTS = {
+    fault_weight: "more than the tolerance",
+    fault_swapped: "more than the tolerance",
+    fault_nan: "the file's output is NaN",
+    fault_inf: "the file's output is",
+    fault_removed: "1 outputs, the model 2: this one is missing",
+    fault_extra: "3 outputs, the model 2: this one is extra",
+    fault_eps: "more than the tolerance",
+    fault_shape: "its shape is (1, 1, 5), torch's (1, 5)",
+    fault_dtype: "its type is float64, torch's float32",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults(fault: Callable[[Any], None], model: nn.Module, path: Path, x: Tensor) -> None:
+    assert verify_onnx(model, path, x).passed
+    parity = verify_onnx(model, edited(path, fault), x)
+    assert not parity.passed
+    # Each batch size by itself shows it.
+    for size in (1, 2, 7):
+        failed = [record for record in parity.outputs if record.batch_size == size and not record.passed]
+        assert failed
+    assert FAULTS[fault] in next(record.reason for record in parity.outputs if not record.passed)
+    json.dumps(parity.to_dict(), allow_nan=False)
+
+
+def test_a_baked_batch_size(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    path = export_onnx(model, x, tmp_path / "baked.onnx", dynamic_batch=False).path
+    parity = verify_onnx(model, path, x)
+    assert [size for size in (1, 2, 7) if _passed_at(parity, size)] == [2]
+    assert all(
+        "does not run at batch size" in record.reason for record in parity.outputs if not record.passed
+    )
+
+
+def _passed_at(parity: Parity, size: int) -> bool:
+    return all(record.passed for record in parity.outputs if record.batch_size == size)
+
+
+def test_tolerances_that_are_given(model: nn.Module, path: Path, x: Tensor) -> None:
+    edited(path, fault_weight)
+    assert not verify_onnx(model, path, x, atol=0.0).passed
+    assert not verify_onnx(model, path, x, rtol=1e-6).passed
+    loose = verify_onnx(model, path, x, rtol=0.0, atol=1.0)
+    assert loose.passed
+    assert {record.tolerance for record in loose.outputs} == {1.0}
+    assert not verify_onnx(model, edited(path, fault_nan), x, atol=1e30).passed
+
+
+def test_one_row_and_one_number_are_no_luck(tmp_path: Path) -> None:
+    # With one element the floor of a single forward may be 0: it is taken over more rows.
+    model = nn.Sequential(
+        *[layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.Tanh())], nn.Linear(64, 1)
+    )
+    x = torch.randn(1, 64)
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+    (record,) = verify_onnx(model, path, x, batch_sizes=(1,)).outputs
+    assert record.passed
+    assert record.floor
+
+
+def test_a_small_error_in_every_element(tmp_path: Path) -> None:
+    model, x = nn.Linear(4096, 1000), torch.randn(1, 4096)
+    x[0, 7] = 1.0
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+    assert verify_onnx(model, path, x).passed
+    with torch.no_grad():
+        model.weight[:, 7] += 2e-6
+    parity = verify_onnx(model, path, x)
+    assert not parity.passed
+    assert {record.reason.split(" is ")[0] for record in parity.outputs if not record.passed} == {
+        "the root mean square of the differences"
+    }
+
+
+def test_torch_itself_is_nan(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    x = torch.randn(2, 3)
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+    with torch.no_grad():
+        model[0].bias[0] = float("nan")
+    parity = verify_onnx(model, path, x)
+    assert not parity.passed
+    assert "torch's own output is NaN" in parity.outputs[0].reason
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    label: Tensor
+
+
+class Mixed(nn.Module):
+    """Integers in, a dict with None, a named tuple and an integer tensor out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+        self.head = nn.Linear(6 + 4, 3)
+
+    def forward(self, ids: Tensor, extra: dict[str, Tensor]) -> dict[str, Any]:
+        logits = self.head(torch.cat([self.table(ids).mean(1), extra["x"]], 1))
+        return {"out": Named(logits, logits.argmax(1)), "nothing": None}
+
+
+def test_nested_arguments_and_outputs(tmp_path: Path) -> None:
+    model, args = Mixed(), (torch.randint(0, 11, (3, 5)), {"x": torch.randn(3, 4)})
+    path = export_onnx(model, args, tmp_path / "m.onnx").path
+    parity = verify_onnx(model, path, args)
+    assert parity.passed, parity
+    assert [record.shape for record in parity.outputs[:2]] == [(1, 3), (1,)]
+    assert [record.top1 for record in parity.outputs[:2]] == [1.0, None]
+    assert any("no tensors" in note for note in parity.notes)
+    with torch.no_grad():
+        model.head.bias[:] = torch.tensor([100.0, 0.0, 0.0])
+    labels = [record for record in verify_onnx(model, path, args).outputs if record.shape == (7,)]
+    assert not labels[0].passed
+
+
+def test_an_input_too_many(model: nn.Module, path: Path, x: Tensor) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    parity = verify_onnx(Two(), path, (x, x))
+    assert not parity.passed
+    assert "the file takes 1 inputs, the example has 2" in parity.outputs[0].reason
+
+
+def test_without_a_float64_model(model: nn.Module, path: Path, x: Tensor) -> None:
+    class Stubborn(TwoHeads):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("no copies")
+
+    stubborn = Stubborn()
+    stubborn.load_state_dict(model.state_dict())
+    parity = verify_onnx(stubborn, path, x)
+    assert parity.passed
+    assert "no float64 model to compare with (no copies)" in parity.notes[0]
+    assert all(record.floor is None for record in parity.outputs)
+    with torch.no_grad():
+        stubborn.left.weight.mul_(1.001)
+    assert not verify_onnx(stubborn, path, x).passed
+    assert verify_onnx(model.forward, path, x).passed  # a plain callable
+
+
+def test_bad_input(model: nn.Module, path: Path, x: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("not a model\n")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(errors.CheckpointError, match="no ONNX file at"):
+        verify_onnx(model, tmp_path / "missing.onnx", x)
+    for name in ("text.onnx", "empty.onnx"):
+        with pytest.raises(errors.CheckpointError, match="is not an ONNX file"):
+            verify_onnx(model, tmp_path / name, x)
+    with pytest.raises(errors.InputError, match=r"runtimes among onnxruntime .*tensorrt"):
+        verify_onnx(model, path, x, runtimes=("tensorrt",))
+    with pytest.raises(errors.InputError, match="batch sizes of at least 1"):
+        verify_onnx(model, path, x, batch_sizes=(0, 1))
+    with pytest.raises(errors.InputError, match="example input"):
+        verify_onnx(model, path, ())
+    with pytest.raises(errors.InputError, match="at least 0"):
+        verify_onnx(model, path, x, atol=-1.0)
+
+
+def test_a_file_that_no_runtime_loads(model: nn.Module, path: Path, x: Tensor) -> None:
+    def unknown_operator(proto: onnx.ModelProto) -> None:
+        proto.graph.node[0].domain = "nowhere"
+        proto.opset_import.append(helper.make_opsetid("nowhere", 1))
+
+    parity = verify_onnx(model, edited(path, unknown_operator), x)
+    assert not parity.passed
+    assert all("onnxruntime cannot load it" in record.reason for record in parity.outputs)
