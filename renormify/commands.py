@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from renormify.errors import CheckpointError, InputError, NothingToConvertError
 from renormify.outputs import check_output, staged
 from renormify.proof import example_inputs, prove_unchanged, run
 from renormify.rewriting import Conversion, convert
+from renormify.rules import Settings
 
 __all__ = [
     "Request",
@@ -37,14 +38,8 @@ Shapes = tuple[tuple[int, ...], ...]
 Progress = Callable[[str], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a model is converted; see :func:`renormify.convert`."""
-
-    r_max: float = 3.0
-    d_max: float = 5.0
-    momentum: float | Literal["keep"] = 0.01
-    stat: str = "sigma"
+def _silent(text: str) -> None:
+    """Shows no progress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Request:
     checkpoint: Path | None = None
     source: str | None = None
     shapes: Shapes | None = None
-    progress: Progress = lambda _: None
+    progress: Progress = _silent
 
     @property
     def inputs(self) -> tuple[Path, ...]:

@@ -1,0 +1,82 @@
+"""The demonstration and the example, shortened."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from renormify import demo
+from renormify.checkpoints import load_checkpoint
+from renormify.errors import MissingExtraError, OutputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_demo_goes_the_whole_road(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    console = Console(file=io.StringIO(), width=200)
+    returned = demo.run(output, console, steps=4)
+    result = json.loads((output / "result.json").read_text())
+    assert result["converted"] == 49
+    assert result["skipped"] == 0
+    assert result["max_abs_difference"] == 0
+    assert result["batch_norm_nodes"] == 0
+    assert result["parity_passed"] is True
+    assert sorted({record["batch_size"] for record in result["parity"]["outputs"]}) == [1, 2, 7]
+    assert result["fine_tuning"]["steps"] == [1, 2, 3, 4]
+    assert returned["converted"] == 49
+    printed = console.file.getvalue()
+    for name in ("renorm.safetensors", "model.onnx", "report.html", "result.json"):
+        assert (output / name).stat().st_size > 0
+        assert str(output / name) in printed
+    assert {file.name for file in tmp_path.rglob("*")} == {
+        "out",
+        "renorm.safetensors",
+        "model.onnx",
+        "report.html",
+        "result.json",
+    }
+    # What was fine-tuned is what was written: ten classes now.
+    assert load_checkpoint(output / "renorm.safetensors")["_fc.weight"].shape == (10, 1280)
+
+
+def test_demo_says_where_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OutputError, match="cannot make the folder"):
+        demo.run(tmp_path / "file", Console(file=io.StringIO()))
+    with pytest.raises(OutputError, match="cannot make the folder"):
+        demo.run(tmp_path / "no" / "such", Console(file=io.StringIO()))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("package", ["sklearn.datasets", "efficientnet_lite_pytorch", "jinja2"])
+def test_demo_names_the_extra_before_it_starts(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'renormify\[(demo|report)\]'"):
+        demo.run(tmp_path / "out", Console(file=io.StringIO()), steps=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_example_runs_and_is_short(tmp_path: Path) -> None:
+    example = ROOT / "examples" / "01_finetune.py"
+    assert len(example.read_text().splitlines()) < 80
+    result = subprocess.run(
+        [sys.executable, example, "--steps", "2", "--output", tmp_path / "digits.onnx"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "49 sites converted, 0 skipped" in result.stdout
+    assert "largest difference at step 0: 0.0, identical: True" in result.stdout
+    assert "parity passed" in result.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["digits.onnx"]
