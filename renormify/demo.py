@@ -92,6 +92,7 @@ def run(output: Path, console: Console, *, steps: int = 160) -> dict[str, Any]:
     """
     started = time.perf_counter()
     original, data = _pretrained(), _digits()
+    reporting.html_page(())  # a missing jinja2 is better known now than after the training
     try:
         output.mkdir(exist_ok=True)
     except OSError as error:
