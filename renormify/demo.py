@@ -45,7 +45,7 @@ class FineTuning:
 
     Attributes:
         microbatch: images per step.
-        learning_rate: of stochastic gradient descent with momentum 0.9.
+        learning_rate: of AdamW.
         train_images: how many there are to draw from.
         test_images: how many the accuracy is measured on.
         steps: when it was measured.

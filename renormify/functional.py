@@ -16,7 +16,7 @@ is written in public operations.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -112,34 +112,69 @@ def batch_renorm(
         if record is not None:
             r, d = record.r, record.d
         else:
-            mu, sigma = running_mean.to(mean.dtype), (running_var.to(mean.dtype) + eps).sqrt_()
-            sigma_b = (var + eps).sqrt_()
-            if isinstance(r_max, Tensor):
-                r_max = r_max.to(mean.dtype)  # before it is inverted: 1 / 3 is not the same in float32
-            r = (sigma_b / sigma).clamp_(1 / r_max, r_max)  # type: ignore[arg-type]
-            d = (mean - mu).div_(sigma).clamp_(-d_max, d_max)  # type: ignore[arg-type]
-            if not compiling and may_be_replayed():
-                remember(running_mean, Record(mean, var, r, d))
-
-            counts = finite = all_finite(input, mean, var)
+            learns = finite = all_finite(input, mean, var)
             if isinstance(m, Tensor):
-                counts = finite & (m > 0)
+                learns = finite & (m > 0)
             if num_batches_tracked is not None:
-                num_batches_tracked.add_(counts)
-            alpha = _share_of_batch(momentum, num_batches_tracked, mean.dtype)
-            if momentum == 0:
-                counts = False  # nothing is to be learnt
-            if counts is not False:
-                running_mean.copy_(torch.lerp(mu, _where(counts, mean, mu), alpha))
-            if counts is not False and (isinstance(m, Tensor) or m > 1):
-                counts = counts & (m > 1)
-                running_var.copy_(_moved_var(running_var, var, m, sigma, sigma_b, counts, alpha, stat))
+                num_batches_tracked.add_(learns)
             if rejected is not None and finite is not True:
                 rejected.add_(not finite if isinstance(finite, bool) else ~finite)
+            alpha = _share_of_batch(momentum, num_batches_tracked, mean.dtype)
+            r, d = _correct_and_move(
+                running_mean, running_var, mean, var, m, alpha, eps, r_max, d_max, stat, learns
+            )
+            if not compiling and may_be_replayed():
+                remember(running_mean, Record(mean, var, r, d))
 
     if isinstance(m, Tensor) and group is not None:
         return transform_joined(input, weight, bias, mean, var, r, d, eps, mask, m, group)
     return transform(input, weight, bias, mean, var, r, d, eps, mask)
+
+
+def _correct_and_move(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    m: int | Tensor,
+    alpha: float | Tensor,
+    eps: float,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    stat: str,
+    learns: bool | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Computes r and d, then moves the running statistics, in place where their dtype allows.
+
+    For the sigma-average, (sigma + step)^2 - eps is written as running_var + step * (2 sigma + step): the
+    same number, without losing the digits of a running_var far below eps.
+    """
+    mu, old = running_mean.to(mean.dtype), running_var.to(mean.dtype)
+    sigma, sigma_b = (old + eps).sqrt_(), (var + eps).sqrt_()
+    if isinstance(learns, Tensor):
+        mean, sigma_b = torch.where(learns, mean, mu), torch.where(learns, sigma_b, sigma)
+    if isinstance(r_max, Tensor):
+        r_max = r_max.to(mean.dtype)  # before it is inverted: 1 / 3 is not the same in float32
+    r = (sigma_b / sigma).clamp_(1 / r_max, r_max)  # type: ignore[arg-type]
+    d = (mean - mu).div_(sigma).clamp_(-d_max, d_max)  # type: ignore[arg-type]
+    if learns is False or (not isinstance(alpha, Tensor) and alpha == 0):
+        return r, d  # nothing is to be learnt, and not a bit to be changed
+
+    mu.lerp_(mean, alpha)
+    if isinstance(m, Tensor):  # else the spread of a single value is ruled out below
+        sigma_b, var = torch.where(m > 1, sigma_b, sigma), torch.where(m > 1, var * (m / (m - 1)), old)
+    elif m > 1 and stat == "var":
+        var = var * (m / (m - 1))
+    if isinstance(m, Tensor) or m > 1:
+        if stat == "var":
+            old.lerp_(var if isinstance(learns, bool) else torch.where(learns, var, old), alpha)
+        else:
+            step = (sigma_b - sigma).mul_(alpha)
+            old.addcmul_(step, torch.add(step, sigma, alpha=2)).clamp_(min=0)
+    if mu is not running_mean:
+        running_mean.copy_(mu)
+        running_var.copy_(old)
+    return r, d
 
 
 def _evaluate(
@@ -156,12 +191,6 @@ def _evaluate(
         weight, bias = weight.to(running_mean.dtype), None if bias is None else bias.to(running_mean.dtype)
     output = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     return output if mask is None else output.masked_fill(~positions(mask, input), 0)
-
-
-def _where(condition: bool | Tensor, value: Tensor, otherwise: Tensor) -> Tensor:
-    if isinstance(condition, bool):
-        return value if condition else otherwise
-    return torch.where(condition, value, otherwise)
 
 
 def _group_to_join(process_group: ProcessGroup | None) -> ProcessGroup | None:
@@ -195,16 +224,16 @@ def _check(
         raise ValueError(f"expected an input of at least 2 dimensions (got {input.dim()}D input)")
     if running_mean is None or running_var is None:
         raise ValueError("batch_renorm needs running_mean and running_var: r and d are relative to them")
-    if torch._C._get_tracing_state():
-        return  # sizes are tensors there
-    shape = input.shape[1:2]
-    for name, value in (("mean", running_mean), ("var", running_var), ("weight", weight), ("bias", bias)):
-        if value is not None and value.shape != shape:
-            name = f"running_{name}" if name in ("mean", "var") else name
-            raise RuntimeError(f"{name} should contain {shape[0]} elements not {value.numel()}")
     if stat not in STATS:
         raise ValueError(f"stat must be one of {STATS} (got {stat!r})")
     check_limits(r_max, d_max)
+    if torch._C._get_tracing_state():
+        return  # sizes are tensors there
+    channels = input.shape[1]
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, value in named.items():
+        if value is not None and value.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {value.numel()}")
 
 
 def check_limits(r_max: float | Tensor, d_max: float | Tensor) -> None:
@@ -213,25 +242,3 @@ def check_limits(r_max: float | Tensor, d_max: float | Tensor) -> None:
         raise ValueError(f"r_max must be at least 1 (got {r_max})")
     if not isinstance(d_max, Tensor) and not d_max >= 0:
         raise ValueError(f"d_max must be at least 0 (got {d_max})")
-
-
-def _moved_var(
-    running_var: Tensor,
-    var: Tensor,
-    m: Any,
-    sigma: Tensor,
-    sigma_b: Tensor,
-    counts: bool | Tensor,
-    alpha: float | Tensor,
-    stat: str,
-) -> Tensor:
-    """``running_var`` after the batch.
-
-    For the sigma-average, (sigma + step)^2 - eps is written as running_var + step * (2 sigma + step): the
-    same number, without losing the digits of a running_var far below eps.
-    """
-    old = running_var.to(var.dtype)
-    if stat == "var":
-        return torch.lerp(old, _where(counts, var * (m / (m - 1)), old), alpha)
-    step = (_where(counts, sigma_b, sigma) - sigma).mul_(alpha)
-    return torch.addcmul(old, step, torch.add(step, sigma, alpha=2)).clamp_(min=0)

@@ -17,6 +17,12 @@ from torch import Tensor
 __all__ = ["all_finite", "batch_statistics", "per_channel", "positions", "scale_and_shift", "transform"]
 
 
+# Sizes in elements, where the trade of one way of adding for the other was measured to turn.
+_MANY = 1 << 17
+_LONG = 1 << 12
+_CACHED = 1 << 18
+
+
 def positions(mask: Tensor, input: Tensor) -> Tensor:
     """The mask over :math:`(N, *)`, as one that broadcasts over :math:`(N, C, *)`."""
     if mask.dtype != torch.bool:
@@ -65,10 +71,44 @@ def batch_statistics(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor
         nothing = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
         return nothing, nothing, count
     if _native_kernels_serve(input):
+        if _rows_are_faster(input):
+            return *_statistics_by_rows(input), count
         mean, var = torch.batch_norm_update_stats(input, *_scratch(input, dtype), 0.0)
         return mean, var, count
     var, mean = torch.var_mean(input.to(dtype), dims, correction=0)
     return mean, var, count
+
+
+def _rows_are_faster(input: Tensor) -> bool:
+    return (
+        input.device.type == "cpu"
+        and input.dtype == torch.float32
+        and input.dim() > 2
+        and input.numel() >= _MANY
+        and input.is_contiguous()
+    )
+
+
+def _statistics_by_rows(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance by vectorised reductions over contiguous rows, in two passes.
+
+    For this layout the kernel of Batch Norm adds numbers one by one and takes two to four times as long. Here
+    the centred values of a few samples at a time go through a buffer that stays in the cache; rows are kept
+    short, since each is added up in float32.
+    """
+    n, channels = input.shape[:2]
+    split = input.shape[2] if input.dim() > 3 and input[0, 0].numel() > _LONG else 1
+    rows = input.view(n, channels, split, -1)
+    count = input.numel() // channels
+    mean = rows.sum(3).sum((0, 2)).div_(count)
+    samples = max(1, _CACHED // rows[0].numel())
+    buffer = torch.empty((min(samples, n), *rows.shape[1:]), dtype=input.dtype)
+    norms = torch.empty(rows.shape[:3], dtype=input.dtype)
+    for start in range(0, n, samples):
+        part = rows[start : start + samples]
+        centred = torch.sub(part, mean.view(-1, 1, 1), out=buffer[: len(part)])
+        torch.linalg.vector_norm(centred, dim=3, out=norms[start : start + samples])
+    return mean, norms.square_().sum((0, 2)).div_(count)
 
 
 def all_finite(input: Tensor, mean: Tensor, var: Tensor) -> bool | Tensor:
@@ -168,18 +208,20 @@ class _Transform(torch.autograd.Function):
     ) -> Tensor:
         scale, shift = scale_and_shift(weight, bias, r, d)
         output: Tensor = torch.native_batch_norm(input, scale, shift, mean, var, False, 0.0, eps)[0]
-        ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt(), r, d)
+        ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt_(), r, d, scale)
         ctx.eps = eps
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, invstd, r, d = ctx.saved_tensors
+        input, weight, mean, invstd, r, d, scale = ctx.saved_tensors
+        if torch.is_grad_enabled() and weight is not None:
+            scale = weight * r  # the gradient is to be differentiated too
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_input, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
+        grad_input, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward.default(
             grad_output,
             input,
-            r if weight is None else weight * r,
+            scale,
             None,
             None,
             mean,
