@@ -103,5 +103,6 @@ class _JoinedTransform(torch.autograd.Function):
         grad_input = grad_input * per_channel(scale, input)
         if mask is not None:
             grad_input = grad_input.masked_fill(~positions(mask, input), 0)
-        grad_weight = None if weight is None else torch.addcmul(r * grad_scale, d, grad_shift)
-        return grad_input.to(input.dtype), grad_weight, grad_shift, *(None,) * 8
+        _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_weight = torch.addcmul(r * grad_scale, d, grad_shift) if needs_weight else None
+        return grad_input.to(input.dtype), grad_weight, grad_shift if needs_bias else None, *(None,) * 8

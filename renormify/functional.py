@@ -16,6 +16,7 @@ is written in public operations.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,14 @@ from torch import Tensor
 
 from renormify.collectives import join_statistics, transform_joined
 from renormify.kernels import all_finite, batch_statistics, positions, transform
-from renormify.replay import Record, find_record, may_be_replayed, remember
+from renormify.replay import (
+    Record,
+    find_record,
+    kept_minimum,
+    may_be_replayed,
+    remember,
+    unseen_by_policies,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -95,23 +103,22 @@ def batch_renorm(
 
     Raises:
         ValueError: for an input of fewer than two dimensions, missing running statistics, an unknown
-            ``stat``, or limits out of range.
+            ``stat``, or limits or eps out of range.
         RuntimeError: for statistics, weight or bias whose size is not the number of channels.
     """
-    _check(input, running_mean, running_var, weight, bias, r_max, d_max, stat)
+    _check(input, running_mean, running_var, weight, bias, r_max, d_max, stat, eps)
     group = _group_to_join(process_group) if training else None
     if not training or (input.numel() == 0 and group is None):
         return _evaluate(input, running_mean, running_var, weight, bias, eps, mask)
 
-    with torch.no_grad():
-        mean, var, m = batch_statistics(input.detach(), mask)
-        if group is not None:
-            mean, var, m = join_statistics(mean, var, m, group)
-        compiling = torch.compiler.is_compiling()
-        record = None if compiling else find_record(running_mean, mean, var)
-        if record is not None:
-            r, d = record.r, record.d
-        else:
+    compiling = torch.compiler.is_compiling()
+    record = None if compiling else find_record(running_mean)
+    if record is None:
+        replayable = not compiling and may_be_replayed()
+        with torch.no_grad(), unseen_by_policies() if replayable else nullcontext():
+            mean, var, m = batch_statistics(input.detach(), mask)
+            if group is not None:
+                mean, var, m = join_statistics(mean, var, m, group)
             learns = finite = all_finite(input, mean, var)
             if isinstance(m, Tensor):
                 learns = finite & (m > 0)
@@ -123,9 +130,11 @@ def batch_renorm(
             r, d = _correct_and_move(
                 running_mean, running_var, mean, var, m, alpha, eps, r_max, d_max, stat, learns
             )
-            if not compiling and may_be_replayed():
-                remember(running_mean, Record(mean, var, r, d))
+        record = Record(mean, var, r, d, m)
+        if replayable:
+            remember(running_mean, record)
 
+    mean, var, r, d, m = record
     if isinstance(m, Tensor) and group is not None:
         return transform_joined(input, weight, bias, mean, var, r, d, eps, mask, m, group)
     return transform(input, weight, bias, mean, var, r, d, eps, mask)
@@ -155,8 +164,13 @@ def _correct_and_move(
         mean, sigma_b = torch.where(learns, mean, mu), torch.where(learns, sigma_b, sigma)
     if isinstance(r_max, Tensor):
         r_max = r_max.to(mean.dtype)  # before it is inverted: 1 / 3 is not the same in float32
-    r = (sigma_b / sigma).clamp_(1 / r_max, r_max)  # type: ignore[arg-type]
-    d = (mean - mu).div_(sigma).clamp_(-d_max, d_max)  # type: ignore[arg-type]
+    r, d = sigma_b / sigma, (mean - mu).div_(sigma)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        r = kept_minimum(torch.clamp(r, min=1 / r_max), r_max)
+        d = kept_minimum(torch.clamp(d, min=-d_max), d_max)
+    else:
+        r.clamp_(1 / r_max, r_max)  # type: ignore[arg-type]
+        d.clamp_(-d_max, d_max)  # type: ignore[arg-type]
     if learns is False or (not isinstance(alpha, Tensor) and alpha == 0):
         return r, d  # nothing is to be learnt, and not a bit to be changed
 
@@ -219,6 +233,7 @@ def _check(
     r_max: float | Tensor,
     d_max: float | Tensor,
     stat: str,
+    eps: float,
 ) -> None:
     if input.dim() < 2:
         raise ValueError(f"expected an input of at least 2 dimensions (got {input.dim()}D input)")
@@ -226,6 +241,8 @@ def _check(
         raise ValueError("batch_renorm needs running_mean and running_var: r and d are relative to them")
     if stat not in STATS:
         raise ValueError(f"stat must be one of {STATS} (got {stat!r})")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive (got {eps})")
     check_limits(r_max, d_max)
     if torch._C._get_tracing_state():
         return  # sizes are tensors there

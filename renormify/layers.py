@@ -159,6 +159,8 @@ class _BatchRenorm(_NormBase):
     def _warn_of_few_values(self, input: Tensor, mask: Tensor | None) -> None:
         if not 0 < input.numel() <= 2 * self.num_features or torch.compiler.is_compiling():
             return
+        if self._process_group() is not None:
+            return  # the others' batches count too, and only the device knows them
         m = input.numel() // self.num_features
         effect = "its output does not depend on the input" if m == 1 else "the gradient all but vanishes"
         self._warn_once(

@@ -8,6 +8,7 @@ flag. What Batch Renorm has beyond BatchNorm's state is added to it, and taken a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,7 @@ class Settings:
 
 
 def _at_least(value: object, least: float) -> bool:
-    return isinstance(value, (int, float)) and value >= least
+    return isinstance(value, Real) and float(value) >= least
 
 
 _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {

@@ -892,3 +892,12 @@ def test_momentum_zero_leaves_a_negative_zero() -> None:
 
 def test_type_leaves_the_count_an_integer() -> None:
     assert BatchRenorm1d(C).type(torch.float16).rejected_batches.dtype == torch.int64
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+def test_eps_that_is_not_positive_is_refused_as_batch_norm_refuses_it(eps: float) -> None:
+    x = torch.randn(2, 10, 5, 5)
+    with pytest.raises(ValueError, match="eps must be positive"):
+        nn.BatchNorm2d(10, eps=eps)(x)
+    with pytest.raises(ValueError, match="eps must be positive"):
+        BatchRenorm2d(10, eps=eps)(x)
