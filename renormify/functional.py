@@ -109,7 +109,7 @@ def batch_renorm(
     _check(input, running_mean, running_var, weight, bias, r_max, d_max, stat, eps)
     group = _group_to_join(process_group) if training else None
     if not training or (input.numel() == 0 and group is None):
-        return _evaluate(input, running_mean, running_var, weight, bias, eps, mask)
+        return evaluate(input, running_mean, running_var, weight, bias, eps, mask)
 
     compiling = torch.compiler.is_compiling()
     record = None if compiling else find_record(running_mean)
@@ -191,15 +191,16 @@ def _correct_and_move(
     return r, d
 
 
-def _evaluate(
+def evaluate(
     input: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
+    """Normalises by the running statistics: :func:`torch.nn.functional.batch_norm` itself."""
     # The kernels want weight and bias in the dtype of the statistics; .half() leaves those in float32.
     if weight is not None and weight.dtype != running_mean.dtype:
         weight, bias = weight.to(running_mean.dtype), None if bias is None else bias.to(running_mean.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from renormify.errors import RenormifyWarning
-from renormify.functional import STATS, batch_renorm, check_limits
+from renormify.functional import STATS, batch_renorm, check_limits, evaluate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -124,9 +124,12 @@ class _BatchRenorm(_NormBase):
             args = (input,) if mask is None else (input, mask)
             return tracer.create_proxy("call_module", path, args, {})  # type: ignore[no-any-return]
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        if self.training:
-            self._keep_statistics_in_float32()
-            self._warn_of_few_values(input, mask)
+        if not self.training:
+            return evaluate(
+                input, self.running_mean, self.running_var, self.weight, self.bias, self.eps, mask
+            )
+        self._keep_statistics_in_float32()
+        self._warn_of_few_values(input)
         # A compiled graph reads the limits from memory, so that moving them does not recompile it.
         compiling = torch.compiler.is_compiling()
         return batch_renorm(
@@ -135,7 +138,7 @@ class _BatchRenorm(_NormBase):
             self.running_var,
             self.weight,
             self.bias,
-            self.training,
+            True,
             self.momentum,
             self.eps,
             r_max=self._r_max if compiling else self.r_max,
@@ -156,7 +159,7 @@ class _BatchRenorm(_NormBase):
             self.running_mean = self.running_mean.float()
             self.running_var = self.running_var.float()
 
-    def _warn_of_few_values(self, input: Tensor, mask: Tensor | None) -> None:
+    def _warn_of_few_values(self, input: Tensor) -> None:
         if not 0 < input.numel() <= 2 * self.num_features or torch.compiler.is_compiling():
             return
         if self._process_group() is not None:

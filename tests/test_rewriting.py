@@ -413,12 +413,12 @@ def test_momentum_may_be_kept(momentum: Any, expected: list[float | None]) -> No
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"r_max": 0.5}, r"r_max must be at least 1 \(got 0.5\)"),
-        ({"r_max": float("nan")}, "r_max must be at least 1"),
-        ({"d_max": -1.0}, r"d_max must be at least 0 \(got -1.0\)"),
-        ({"momentum": 1.5}, r"momentum must be between 0 and 1, None or 'keep' \(got 1.5\)"),
-        ({"momentum": -0.1}, "momentum must be between 0 and 1"),
-        ({"momentum": "kept"}, r"momentum must be a number, None or 'keep' \(got 'kept'\)"),
+        ({"r_max": 0.5}, r"r_max must be a number of at least 1 \(got 0.5\)"),
+        ({"r_max": float("nan")}, "r_max must be a number of at least 1"),
+        ({"d_max": -1.0}, r"d_max must be a number of at least 0 \(got -1.0\)"),
+        ({"momentum": 1.5}, r"momentum must be a number from 0 to 1, None or 'keep' \(got 1.5\)"),
+        ({"momentum": -0.1}, "momentum must be a number from 0 to 1"),
+        ({"momentum": "kept"}, r"momentum must be a number from 0 to 1, None or 'keep' \(got 'kept'\)"),
         ({"stat": "std"}, r"stat must be one of sigma, var \(got 'std'\)"),
     ],
 )
