@@ -188,7 +188,9 @@ def test_a_baked_batch_size(model: nn.Module, x: Tensor, tmp_path: Path) -> None
     parity = verify_onnx(model, path, x)
     assert [size for size in (1, 2, 7) if _passed_at(parity, size)] == [2]
     assert all(
-        "does not run at batch size" in record.reason for record in parity.outputs if not record.passed
+        "onnxruntime cannot run the file at batch size" in record.reason
+        for record in parity.outputs
+        if not record.passed
     )
 
 
@@ -224,7 +226,7 @@ def test_a_small_error_in_every_element(tmp_path: Path) -> None:
     path = export_onnx(model, x, tmp_path / "m.onnx").path
     assert verify_onnx(model, path, x).passed
     with torch.no_grad():
-        model.weight[:, 7] += 2e-6
+        model.weight[:, 7] += 1.5e-6
     parity = verify_onnx(model, path, x)
     assert not parity.passed
     assert {record.reason.split(" is ")[0] for record in parity.outputs if not record.passed} == {
@@ -240,7 +242,7 @@ def test_torch_itself_is_nan(tmp_path: Path) -> None:
         model[0].bias[0] = float("nan")
     parity = verify_onnx(model, path, x)
     assert not parity.passed
-    assert "torch's own output is NaN" in parity.outputs[0].reason
+    assert "the model's own output is NaN" in parity.outputs[0].reason
 
 
 class Named(NamedTuple):
@@ -294,7 +296,7 @@ def test_without_a_float64_model(model: nn.Module, path: Path, x: Tensor) -> Non
     stubborn.load_state_dict(model.state_dict())
     parity = verify_onnx(stubborn, path, x)
     assert parity.passed
-    assert "no float64 model to compare with (no copies)" in parity.notes[0]
+    assert "no float64 model to compare with (RuntimeError: no copies)" in parity.notes[0]
     assert all(record.floor is None for record in parity.outputs)
     with torch.no_grad():
         stubborn.left.weight.mul_(1.001)
@@ -312,12 +314,144 @@ def test_bad_input(model: nn.Module, path: Path, x: Tensor, tmp_path: Path) -> N
             verify_onnx(model, tmp_path / name, x)
     with pytest.raises(errors.InputError, match=r"runtimes among onnxruntime .*tensorrt"):
         verify_onnx(model, path, x, runtimes=("tensorrt",))
-    with pytest.raises(errors.InputError, match="batch sizes of at least 1"):
-        verify_onnx(model, path, x, batch_sizes=(0, 1))
+    for sizes in ((0, 1), (-2,), (2.0,), (True,), (), 2, ("2",)):
+        with pytest.raises(errors.InputError, match="batch_sizes of integers of at least 1"):
+            verify_onnx(model, path, x, batch_sizes=sizes)  # type: ignore[arg-type]
     with pytest.raises(errors.InputError, match="example input"):
         verify_onnx(model, path, ())
     with pytest.raises(errors.InputError, match="at least 0"):
         verify_onnx(model, path, x, atol=-1.0)
+
+
+class Kinds(nn.Module):
+    """A float output, a mask, a count beyond 53 bits, and an empty one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("count", torch.tensor([2**60 + 1, 0, 0]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.fc(x)
+        return y, y > 0, (y * 0).long() + self.count, y[:, :0]
+
+
+def test_masks_and_integers_are_compared_by_equality(tmp_path: Path) -> None:
+    model, x = Kinds(), torch.randn(2, 4)
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+    parity = verify_onnx(model, path, x)
+    assert parity.passed, parity
+    for record in parity.outputs:
+        if record.shape == (record.batch_size, 3):
+            assert (record.floor is None) == (record.tolerance == 0.0)
+
+    def other(proto: onnx.ModelProto) -> None:
+        for tensor in proto.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.INT64 and 2**60 + 1 in numpy_helper.to_array(tensor):
+                changed = numpy_helper.to_array(tensor) - np.array([1, 0, 0])
+                tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
+        greater = next(node for node in proto.graph.node if node.op_type == "Greater")
+        greater.op_type = "Less"
+
+    parity = verify_onnx(model, edited(path, other), x)
+    assert [record.passed for record in parity.outputs] == [True, False, False, True] * 3
+    assert "3 of 3 elements differ" in parity.outputs[1].reason
+    assert parity.outputs[2].max_abs == 1.0
+    json.dumps(parity.to_dict(), allow_nan=False)
+
+
+class Odd(TwoHeads):
+    """Returns what no ONNX file can."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        left, right = super().forward(x)
+        if self.kind == "complex":
+            return left, torch.complex(right, right)
+        if self.kind == "sparse":
+            return left, right.to_sparse()
+        if self.kind == "float8":
+            return left, right.to(torch.float8_e4m3fn)
+        if self.kind == "text":
+            return left, "right"
+        if self.kind == "more of them at some sizes":
+            return (left, *[right] * len(x))
+        return left, right[: len(x) // 2] if self.kind == "fewer rows" else right[0, 0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["complex", "sparse", "float8", "text", "more of them at some sizes", "fewer rows", "scalar"]
+)
+def test_whatever_a_model_returns_is_a_record(kind: str, model: nn.Module, path: Path, x: Tensor) -> None:
+    odd = Odd(kind)
+    odd.load_state_dict(model.state_dict())
+    parity = verify_onnx(odd, path, x)
+    assert not parity.passed
+    assert all(record.passed for record in parity.outputs if record.name == parity.outputs[0].name)
+    reasons = [record.reason for record in parity.outputs if not record.passed]
+    assert all(reasons)
+    if kind == "complex":
+        assert "the model's own output is complex64, which ONNX files do not have" in reasons[0]
+    json.dumps(parity.to_dict(), allow_nan=False)
+
+
+def test_a_model_that_fails_on_the_example(model: nn.Module, path: Path) -> None:
+    with pytest.raises(errors.InputError, match=r"fails at batch size 1: RuntimeError: ") as caught:
+        verify_onnx(model, path, torch.randn(2, 4, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_type_that_onnxruntime_does_not_run(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(dtype)
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+    parity = verify_onnx(model, path, x)
+    for record in parity.outputs:
+        assert record.passed or record.reason.startswith("onnxruntime cannot run the file")
+
+
+# Issue: the tolerance of one output was that of its largest channel.
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_a_small_channel_beside_a_large_one(rank: int, tmp_path: Path) -> None:
+    model = (nn.Linear(27, 2), nn.Conv1d(3, 2, 3), nn.Conv2d(3, 2, 3))[rank - 2]
+    with torch.no_grad():
+        model.weight[0] *= 1e6
+    x = torch.randn(2, *((27,), (3, 8), (3, 8, 8))[rank - 2])
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+    assert verify_onnx(model, path, x).passed
+    for factor in (1.5, 1.0001):
+        faulty = tmp_path / f"{factor}.onnx"
+        faulty.write_bytes(path.read_bytes())
+        weight = model.weight.detach().numpy()
+
+        def fault(proto: onnx.ModelProto, weight: np.ndarray = weight, factor: float = factor) -> None:
+            tensor = next(tensor for tensor in proto.graph.initializer if len(tensor.dims) == rank)
+            array = numpy_helper.to_array(tensor).copy()
+            # A Linear may be written transposed.
+            (array if array.shape == weight.shape else array.T)[1] *= np.float32(factor)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+        parity = verify_onnx(model, edited(faulty, fault), x)
+        assert [record.passed for record in parity.outputs] == [False] * 3, (factor, parity)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_channels_that_are_barely_alive(seed: int, tmp_path: Path) -> None:
+    # Behind a ReLU or a clamp a channel shows its noise in a few elements only, or in none.
+    torch.manual_seed(seed)
+    body = [layer for _ in range(4) for layer in (nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))]
+    model = nn.Sequential(*body, nn.Conv2d(64, 512, 1), nn.BatchNorm2d(512), nn.ReLU6())
+    with torch.no_grad():
+        model[-2].bias.copy_(torch.linspace(-3, 9, 512))
+        model[-2].running_var.fill_(0.05)
+    x = torch.randn(2, 64, 9, 9)
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+    parity = verify_onnx(model, path, x)
+    assert parity.passed, [record.reason for record in parity.outputs]
 
 
 def test_a_file_that_no_runtime_loads(model: nn.Module, path: Path, x: Tensor) -> None:
@@ -327,4 +461,4 @@ def test_a_file_that_no_runtime_loads(model: nn.Module, path: Path, x: Tensor) -
 
     parity = verify_onnx(model, edited(path, unknown_operator), x)
     assert not parity.passed
-    assert all("onnxruntime cannot load it" in record.reason for record in parity.outputs)
+    assert all(record.reason.startswith("onnxruntime cannot run the file: ") for record in parity.outputs)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from renormify import errors
 
-__all__ = ["as_arguments", "batch_size", "evaluating", "has_batch", "map_tensors", "tensors_of"]
+__all__ = ["as_arguments", "batch_size", "evaluating", "has_batch", "map_tensors", "tensors_of", "unwrapped"]
 
 
 def as_arguments(args: Any) -> tuple[Any, ...]:
@@ -48,6 +48,20 @@ def batch_size(arguments: tuple[Any, ...]) -> int | None:
 def has_batch(tensor: Tensor, size: int | None) -> bool:
     """Tell whether the first dimension of ``tensor`` is the batch of ``size`` rows."""
     return tensor.ndim > 0 and tensor.shape[0] == size
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside DataParallel, DistributedDataParallel and ``torch.compile``.
+
+    They compute what it computes; their forwards take ``*args``, whose batch torch.export cannot name.
+    """
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while True:
+        # The class of compiled modules is private, and importing it is slow.
+        inside = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inside, torch.nn.Module):
+            return model
+        model = inside
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,16 @@ from torch.utils import _pytree as pytree
 
 from renormify import errors
 from renormify.onnx.cleaning import clean
-from renormify.onnx.examples import as_arguments, batch_size, evaluating, has_batch, map_tensors, tensors_of
-from renormify.onnx.files import check_destination, first_line, write_model
+from renormify.onnx.examples import (
+    as_arguments,
+    batch_size,
+    evaluating,
+    has_batch,
+    map_tensors,
+    tensors_of,
+    unwrapped,
+)
+from renormify.onnx.files import check_destination, write_model
 from renormify.onnx.folding import Fold, fold_graph
 
 __all__ = ["Export", "export_onnx"]
@@ -26,6 +35,9 @@ __all__ = ["Export", "export_onnx"]
 # The lowest opset that torch's exporter writes; below it the finished file is converted.
 LOWEST_OPSET = 18
 BATCH = "batch"
+_FIXED_BATCH = (
+    "; in Python, export_onnx(..., dynamic_batch=False) exports it for the example's batch size alone"
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,12 @@ def export_onnx(
     of that name is replaced, and only by a whole one.
 
     Args:
-        model: the model.
+        model: the model; of a DataParallel or compiled one, the module inside is exported.
         args: an example input: a tensor, or the tuple of forward's positional arguments, which may hold
             tensors in dicts and lists. The first dimension of the first tensor is the batch; of the other
-            tensors, those that begin with the same size have a batch too. One row serves as well as any.
+            tensors, those whose first dimension has the same size have a batch too, and all others are taken
+            as they are. So choose a batch whose size no other first dimension has by chance, a table's say.
+            Otherwise one row serves as well as any.
         path: the file to write.
         dynamic_batch: whether the file takes every batch size, or only the example's.
         fold: whether to fold BatchNormalization into the operator before it (see ``fold_onnx``).
@@ -82,6 +96,7 @@ def export_onnx(
     """
     if not isinstance(model, torch.nn.Module):
         raise errors.InputError(f"expected a torch.nn.Module to export (got {type(model).__name__})")
+    model = unwrapped(model)
     arguments = as_arguments(args)
     destination = check_destination(path)
     with evaluating(model):
@@ -102,7 +117,8 @@ def _export(
 ) -> ir.Model:
     """Run torch's exporter without its optimizer, quietly, and name what it left unnamed."""
     size = batch_size(arguments) if dynamic_batch else None
-    shapes = None
+    opset = None if opset_version is None else max(opset_version, LOWEST_OPSET)
+    shapes, given = None, arguments
     if size is not None:
         dynamic = torch.export.Dim.DYNAMIC
         shapes = map_tensors(lambda tensor: {0: dynamic} if has_batch(tensor, size) else None, arguments)
@@ -112,23 +128,15 @@ def _export(
                 lambda tensor: torch.cat([tensor, tensor]) if has_batch(tensor, 1) else tensor, arguments
             )
     try:
-        with _quiet():
-            program = torch.onnx.export(
-                model,
-                # A last argument that is a dict would be taken for keyword arguments, but for the empty one.
-                (*arguments, {}),
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                dynamic_shapes=shapes,
-                opset_version=None if opset_version is None else max(opset_version, LOWEST_OPSET),
-            )
+        program = _run_exporter(model, arguments, shapes, opset)
     except Exception as error:  # whatever the user's forward and three layers of exporter may raise
-        advice = "; dynamic_batch=False exports it for this batch size alone" if size is not None else ""
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter wraps it in pages of advice
+            cause = cause.__cause__
+        advice = _FIXED_BATCH if shapes is not None and _exports(model, given, opset) else ""
         raise errors.ExportError(
-            f"torch.onnx.export cannot export {type(model).__name__}: {_cause(error)}{advice}"
+            f"torch.onnx.export cannot export {type(model).__name__}: {errors.one_line(cause)}{advice}"
         ) from error
-    assert program is not None  # dynamo=True always returns one
     exported: ir.Model = program.model
     if size is not None:
         batched = [has_batch(tensor, batch_size(arguments)) for tensor in tensors_of(arguments)]
@@ -138,30 +146,64 @@ def _export(
     return exported
 
 
-def _cause(error: BaseException) -> str:
-    """Return the first line of the error at the root: the exporter wraps it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _run_exporter(
+    model: torch.nn.Module, arguments: tuple[Any, ...], shapes: Any, opset: int | None
+) -> torch.onnx.ONNXProgram:
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            # A last argument that is a dict would be taken for keyword arguments, but for the empty one.
+            (*arguments, {}),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            dynamic_shapes=shapes,
+            opset_version=opset,
+        )
+    assert program is not None  # dynamo=True always returns one
+    return program
+
+
+def _exports(model: torch.nn.Module, arguments: tuple[Any, ...], opset: int | None) -> bool:
+    """Tell whether the exporter takes the model with the example's own batch size."""
+    try:
+        _run_exporter(model, arguments, None, opset)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's log and its warnings for the time of the export."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    """Silence what the exporter logs, prints and warns of for the time of the export.
+
+    torch logs pages about a model that it cannot export; what matters of them is in the exception.
+    """
+    roots = ("torch", "onnxscript", "onnx_ir")
+    for root in roots:
+        logging.getLogger(root)
+    # torch's loggers have levels of their own, and handlers that hold the stderr they were made with.
+    loggers = [
+        logger
+        for name, logger in list(logging.root.manager.loggerDict.items())
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in roots and not logger.disabled
+    ]
+    levels = {logger: logger.level for logger in loggers if logger.name in roots}
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         # pytree and torch.export warn about their own internals, and each release about others.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", module=r"(torch|onnxscript|onnx_ir|onnx|copyreg)(\.|$)")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
         try:
+            for logger in loggers:
+                logger.disabled = True
+            for logger in levels:
+                logger.setLevel(logging.CRITICAL)  # for those that the export itself makes
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
+            for logger in loggers:
+                logger.disabled = False
+            for logger, level in levels.items():
                 logger.setLevel(level)
 
 
@@ -177,7 +219,7 @@ def _name_batch(model: ir.Model, batched: list[bool], name: str) -> None:
         if isinstance(dimension, int):
             raise errors.ExportError(
                 f"{name} works only at batch size {dimension} (input {value.name!r}): make its forward take "
-                "the batch from the input's shape, or export with dynamic_batch=False"
+                f"the batch from the input's shape{_FIXED_BATCH}"
             )
         symbols.add(str(dimension))
     if len(symbols) != 1:
@@ -240,7 +282,9 @@ def _in_opset(model: ir.Model, opset_version: int | None) -> ir.Model:
     try:
         return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), opset_version))
     except Exception as error:  # the converter raises RuntimeError and its own ConvertError
+        # The converter puts a line of its C++ in front.
+        reason = errors.one_line(str(error).rpartition("` failed: ")[2]) or type(error).__name__
         raise errors.ExportError(
-            f"the model cannot be written in opset {opset_version}: {first_line(error)}; "
+            f"the model cannot be written in opset {opset_version}: {reason}; "
             f"opset_version={LOWEST_OPSET} or newer needs no conversion"
         ) from error

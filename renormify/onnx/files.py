@@ -11,7 +11,7 @@ import onnx_ir as ir
 from renormify import errors
 from renormify.outputs import check_output, staged
 
-__all__ = ["check_destination", "first_line", "read_model", "write_model"]
+__all__ = ["check_destination", "read_model", "write_model"]
 
 # A protobuf message ends at 2 GiB; the graph itself needs some of that.
 LARGEST_MESSAGE = 2**31 - 2**26
@@ -32,7 +32,7 @@ def read_model(path: str | os.PathLike[str]) -> ir.Model:
         is_model = bool(model.opset_imports)
     except Exception as error:  # protobuf, onnx and onnx_ir each raise types of their own on a damaged file
         raise errors.CheckpointError(
-            f"{path} cannot be read as an ONNX model: {first_line(error)}"
+            f"{path} cannot be read as an ONNX model: {errors.one_line(error)}"
         ) from error
     if not is_model:
         raise errors.CheckpointError(f"{path} is not an ONNX model: it names no opset")
@@ -71,11 +71,5 @@ def write_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
             onnx.checker.check_model(str(place))
         except onnx.checker.ValidationError as error:
             raise errors.ExportError(
-                f"onnx.checker rejects what {path} would be: {first_line(error)}"
+                f"onnx.checker rejects what {path} would be: {errors.one_line(error)}"
             ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from renormify import errors
 from renormify.onnx.examples import batch_size, evaluating, has_batch, map_tensors, tensors_of
+from renormify.onnx.noise import FALLBACK, Noise, comparable, measure
 
-__all__ = ["FALLBACK", "Answer", "Reference", "ask_torch", "to_numpy"]
+__all__ = ["Answer", "Reference", "ask_torch", "to_numpy"]
 
 Array = npt.NDArray[Any]
 Arguments = tuple[Any, ...]
 
-#: The error allowed, relative to the output's largest value, where there is no float64 model to compare with.
-FALLBACK = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # The largest error of a handful of numbers says little about the next one, so the floor is taken over at
 # least this many rows.
 FLOOR_ROWS = 10
@@ -47,23 +47,23 @@ class Reference:
 
     Attributes:
         answers: by batch size.
-        floors: for each output, the largest error of the model's own forward against the float64 model's.
-        spreads: for each output, the root mean square of that error.
-        largest: for each output, its largest absolute value.
+        noise: for each output, what is known of its noise; None where it is no plain array of floats.
         notes: what was out of the ordinary.
     """
 
     answers: dict[int, Answer]
-    floors: list[float] | None
-    spreads: list[float] | None
-    largest: list[float]
+    noise: list[Noise | None]
     notes: tuple[str, ...]
 
 
 def ask_torch(
     model: torch.nn.Module | Callable[..., Any], arguments: Arguments, sizes: tuple[int, ...]
 ) -> Reference:
-    """Run the model, and its float64 copy, at every batch size."""
+    """Run the model, and its float64 copy, at every batch size.
+
+    Raises:
+        errors.InputError: the model's own forward fails.
+    """
     batches = [(size, resized(arguments, size, seed=size)) for size in dict.fromkeys(sizes)]
     rows = sum(size for size, _ in batches)
     # More rows come as more batches of the sizes asked for: the model may take no other.
@@ -75,10 +75,10 @@ def ask_torch(
     with torch.no_grad():
         if isinstance(model, torch.nn.Module):
             with evaluating(model):
-                own = [_outputs(model, batch) for _, batch in batches]
+                own = [_own_outputs(model, size, batch) for size, batch in batches]
                 truth = _truth(model, [batch for _, batch in batches], [tensors for tensors, _ in own], notes)
         else:
-            own = [_outputs(model, batch) for _, batch in batches]
+            own = [_own_outputs(model, size, batch) for size, batch in batches]
             truth = None
             notes.append(_no_truth("a plain callable has no float64 copy"))
     if any(others for _, others in own):
@@ -87,19 +87,13 @@ def ask_torch(
     for index, (size, batch) in enumerate(batches[: len(set(sizes))]):
         inputs = [to_numpy(tensor) for tensor in tensors_of(batch)]
         answers[size] = Answer(inputs, own[index][0], None if truth is None else truth[index])
-    count = min(len(tensors) for tensors, _ in own)
-    floors, spreads = None, None
-    if truth is not None:
-        noise = [
-            torch.cat(
-                [(mine[0][k].double() - real[k]).flatten() for mine, real in zip(own, truth, strict=True)]
-            )
-            for k in range(count)
-        ]
-        floors = [_largest(errors) for errors in noise]
-        spreads = [float(errors[errors.isfinite()].square().mean().nan_to_num().sqrt()) for errors in noise]
-    largest = [max(_largest(tensors[k]) for tensors, _ in own) for k in range(count)]
-    return Reference(answers, floors, spreads, largest, tuple(notes))
+    noise: list[Noise | None] = []
+    for position in range(max(len(tensors) for tensors, _ in own)):
+        there = [index for index, (tensors, _) in enumerate(own) if position < len(tensors)]
+        mine = [own[index][0][position] for index in there]
+        real = None if truth is None else [truth[index][position] for index in there]
+        noise.append(measure(mine, real) if all(map(comparable, [*mine, *(real or [])])) else None)
+    return Reference(answers, noise, tuple(notes))
 
 
 def resized(arguments: Arguments, size: int, *, seed: int, own_rows: bool = True) -> Arguments:
@@ -140,6 +134,17 @@ def to_numpy(tensor: Tensor) -> Array:
     return array
 
 
+def _own_outputs(model: Callable[..., Any], size: int, arguments: Arguments) -> tuple[list[Tensor], bool]:
+    try:
+        return _outputs(model, arguments)
+    except Exception as error:  # the user's forward
+        name = type(model).__name__ if isinstance(model, torch.nn.Module) else "the callable"
+        raise errors.InputError(
+            f"{name} fails at batch size {size}: {errors.one_line(error)}; give an example input and batch "
+            "sizes that its forward takes"
+        ) from error
+
+
 def _outputs(model: Callable[..., Any], arguments: Arguments) -> tuple[list[Tensor], bool]:
     """Return the tensors of the result in pytree order, and whether there was anything else."""
     leaves = pytree.tree_leaves(model(*arguments))
@@ -158,10 +163,14 @@ def _truth(
             for batch in batches
         ]
     except Exception as error:  # deepcopy and forward run the user's code
-        notes.append(_no_truth(str(error).strip().split("\n")[0] or type(error).__name__))
+        notes.append(_no_truth(errors.one_line(error)))
         return None
     for mine, real in zip(own, truth, strict=True):
-        if [tensor.shape for tensor in mine] != [tensor.shape for tensor in real]:
+        if len(mine) != len(real) or any(
+            tensor.shape != other.shape
+            for tensor, other in zip(mine, real, strict=True)
+            if comparable(tensor)
+        ):
             notes.append(_no_truth("in float64 its outputs have other shapes"))
             return None
         if any(tensor.is_floating_point() and tensor.dtype is not torch.float64 for tensor in real):
@@ -175,9 +184,3 @@ def _no_truth(why: str) -> str:
         f"no float64 model to compare with ({why}): the yardstick is torch's own output, and a difference of "
         f"{FALLBACK[torch.float32]:g} of its largest value is allowed in float32"
     )
-
-
-def _largest(tensor: Tensor) -> float:
-    """Return the largest finite absolute value; 0 where there is none."""
-    finite = tensor[tensor.isfinite()]
-    return float(finite.double().abs().max()) if finite.numel() else 0.0

@@ -2,8 +2,9 @@
 
 The judge knows a callable and a file, and nothing of how the one became the other. The model in float64 is
 the truth. How far torch's own float32 forward is from it is the floor: no file can be asked for less. The
-file may be off by ``NOISE_FACTOR`` floors and ``NOISE_ULPS`` units in the last place of the output's largest
-value, and over many elements, in the root mean square, by somewhat less.
+file may be off by a few floors and a few units in the last place of the largest value, in each channel by its
+own, and over many elements, in the root mean square, by somewhat less: the factors are in ``noise.py``. What
+is no float, a mask or an index, must be equal.
 """
 
 from __future__ import annotations
@@ -20,22 +21,11 @@ import torch
 from torch import Tensor
 
 from renormify import errors
-from renormify.onnx.examples import as_arguments
-from renormify.onnx.reference import FALLBACK, Array, Reference, ask_torch, to_numpy
+from renormify.onnx.examples import as_arguments, unwrapped
+from renormify.onnx.reference import Array, Reference, ask_torch, to_numpy
 from renormify.onnx.runtimes import RUNTIMES
 
 __all__ = ["OutputParity", "Parity", "verify_onnx"]
-
-#: The error allowed an element, in floors. Another order of summation, as another runtime has it, makes
-#: errors of the floor's size; the largest of two such sets differ by a small factor (2.0 over 12 networks).
-NOISE_FACTOR = 4.0
-#: And, in units in the last place of the output's largest value, for where the floor happens to be 0.
-NOISE_ULPS = 4.0
-#: The root mean square of many elements hardly varies (a ratio of 1.6 over the same networks), so it is held
-#: closer: a small error in every element is a fault that the largest error does not show.
-SPREAD_FACTOR = 3.0
-SPREAD_ULPS = 1.0
-SPREAD_ELEMENTS = 100
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ class OutputParity:
         max_abs: the largest absolute difference from the float64 model, None where it cannot be told.
         max_rel: ``max_abs`` relative to the largest absolute value of the float64 output.
         floor: the largest absolute difference between torch's own forward and the float64 model's, over all
-            batch sizes; None without a float64 model.
+            batch sizes; None without a float64 model, and for what is no float.
         tolerance: the absolute difference allowed, at the element that is nearest to it or farthest beyond.
         top1: for outputs of rank 2, the share of rows whose largest entry is where torch has it.
         passed: whether it is the same output, up to float noise or to the tolerance that was given.
@@ -115,11 +105,13 @@ def verify_onnx(
 ) -> Parity:
     """Run a model and an ONNX file on the same inputs and compare every output.
 
-    Outputs are matched by position with the tensors that the model returns. NaN, infinities, a missing, extra
-    or misshapen output, another dtype, and a file that does not run all fail; they never raise.
+    Outputs are matched by position with the tensors that the model returns. Floats are compared within their
+    noise, masks and integers must be equal. NaN, infinities, a missing, extra or misshapen output, another
+    dtype, an output of a kind that ONNX does not have, and a file that does not run all fail; none raises.
 
     Args:
-        model: the torch model; it is run in evaluation mode, and its training flags come back afterwards.
+        model: the torch model; it is run in evaluation mode, and its training flags come back afterwards. Of
+            a DataParallel or compiled module the module inside is run.
         path: the ONNX file.
         args: an example input, as for ``export_onnx``. At each batch size the example's own rows come first;
             further rows are seeded noise with the example's mean, standard deviation and range (for integers,
@@ -131,7 +123,8 @@ def verify_onnx(
         runtimes: what to run the file with: "onnxruntime".
 
     Raises:
-        errors.InputError: ``args`` hold no tensor, or an unknown runtime, or a batch size below 1.
+        errors.InputError: ``args`` hold no tensor, or the model fails on them; an unknown runtime; a batch
+            size that is no integer of at least 1.
         errors.CheckpointError: the file is missing or not an ONNX file.
     """
     unknown = [name for name in runtimes if name not in RUNTIMES]
@@ -139,13 +132,19 @@ def verify_onnx(
         raise errors.InputError(
             f"expected runtimes among {', '.join(RUNTIMES)} (got {', '.join(unknown) or 'none'})"
         )
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise errors.InputError(f"expected batch sizes of at least 1 (got {tuple(batch_sizes)})")
+    if (
+        not isinstance(batch_sizes, (tuple, list))
+        or not batch_sizes
+        or not all(type(size) is int and size > 0 for size in batch_sizes)
+    ):
+        raise errors.InputError(f"expected batch_sizes of integers of at least 1 (got {batch_sizes!r})")
     for limit in (rtol, atol):
         if limit is not None and not limit >= 0:
             raise errors.InputError(f"expected rtol and atol of at least 0 (got {limit})")
     arguments = as_arguments(args)
     path = _check_file(path)
+    if isinstance(model, torch.nn.Module):
+        model = unwrapped(model)
     reference = ask_torch(model, arguments, tuple(batch_sizes))
     given = None if rtol is None and atol is None else (atol or 0.0, rtol or 0.0)
     records: list[OutputParity] = []
@@ -163,7 +162,7 @@ def _check_file(path: str | os.PathLike[str]) -> Path:
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, whose module differs between its implementations
-        raise errors.CheckpointError(f"{path} is not an ONNX file: {error}") from error
+        raise errors.CheckpointError(f"{path} is not an ONNX file: {errors.one_line(error)}") from error
     if not proto.opset_import:
         raise errors.CheckpointError(f"{path} is not an ONNX file: it names no opset")
     return path
@@ -178,7 +177,7 @@ def _judge(
     except errors.RenormifyError:  # the runtime's package is missing: it says what to install
         raise
     except Exception as error:  # each runtime has its own types
-        reason = f"{name} cannot load it: {_line(error)}"
+        reason = f"{name} cannot run the file: {errors.one_line(error)}"
         return [_failure("(file)", size, name, reason) for size in reference.answers]
     records: list[OutputParity] = []
     for size, answer in reference.answers.items():
@@ -189,9 +188,8 @@ def _judge(
         try:
             outputs = runtime.run(answer.inputs)
         except Exception as error:
-            records.append(
-                _failure("(file)", size, name, f"it does not run at batch size {size}: {_line(error)}")
-            )
+            reason = f"{name} cannot run the file at batch size {size}: {errors.one_line(error)}"
+            records.append(_failure("(file)", size, name, reason))
             continue
         counts = f"the file has {len(outputs)} outputs, the model {len(answer.outputs)}"
         for position, output in enumerate(outputs):
@@ -211,12 +209,6 @@ def _failure(
     return OutputParity(name, size, runtime, shape, None, None, None, None, None, False, reason)
 
 
-def _line(error: BaseException) -> str:
-    """Return an error's message on one line, of a length one can read."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= 300 else f"{message[:297]}..."
-
-
 def _compare(
     name: str,
     size: int,
@@ -229,23 +221,38 @@ def _compare(
     """Compare one output with torch's; the first thing wrong is the reason."""
     answer = reference.answers[size]
     own = answer.outputs[position]
-    expected = to_numpy(own)
+    if own.is_complex():
+        reason = (
+            f"the model's own output is {str(own.dtype)[6:]}, which ONNX files do not have: export its parts"
+        )
+        return _failure(name, size, runtime, reason, output.shape)
+    try:
+        expected = to_numpy(own)
+    except Exception as error:  # sparse, nested, quantized: each has an error of its own
+        reason = f"the model's own output is no plain array: {errors.one_line(error)}"
+        return _failure(name, size, runtime, reason, output.shape)
     shape = tuple(output.shape)
     if shape != expected.shape:
         reason = f"its shape is {shape}, torch's {tuple(expected.shape)}"
         return _failure(name, size, runtime, reason, shape)
     if output.dtype != expected.dtype:
         return _failure(name, size, runtime, f"its type is {output.dtype}, torch's {expected.dtype}", shape)
+    noise = reference.noise[position]
     theirs, ours = torch.from_numpy(output.astype(np.float64)), own.double()
     truth = ours if answer.truth is None else answer.truth[position].double()
-    tolerance = _tolerance(own.dtype, position, truth, reference, given)
-    difference = (theirs - truth).abs()
-    if not own.is_floating_point():
-        # An arg max may turn over by noise alone: where torch's own forward does, nothing is asked.
-        difference = torch.where(ours == truth, difference, 0.0)
-    reason = _not_finite(theirs, ours) or _beyond(difference, tolerance)
-    if not reason and given is None and own.is_floating_point():
-        reason = _spread_beyond(difference, own.dtype, position, reference)
+    if noise is not None:
+        difference, tolerance = (theirs - truth).abs(), noise.tolerance(truth)
+    else:
+        # An arg max may turn over by noise alone: where torch's own forward does, nothing is asked. Two that
+        # differ, differ by 1 at least, also beyond float64's 53 bits.
+        differs = torch.from_numpy(np.asarray(output != expected)) & (ours == truth)
+        difference = torch.where(differs, (theirs - ours).abs().clamp(min=1.0), 0.0)
+        tolerance = torch.zeros_like(truth)
+    if given is not None:
+        tolerance = given[0] + given[1] * truth.abs()
+    reason = _not_finite(theirs, ours, truth) or _beyond(difference, tolerance)
+    if not reason and given is None and noise is not None:
+        reason = noise.spread_beyond(difference, ours - truth)
     max_abs = float(difference.max()) if difference.numel() else 0.0
     largest = float(truth.abs().max()) if truth.numel() else 0.0
     nearest = int((difference - tolerance).flatten().argmax()) if difference.numel() else None
@@ -256,30 +263,12 @@ def _compare(
         shape=shape,
         max_abs=max_abs if math.isfinite(max_abs) else None,
         max_rel=max_abs / largest if largest > 0.0 and math.isfinite(max_abs / largest) else None,
-        floor=None if reference.floors is None else reference.floors[position],
+        floor=None if noise is None else noise.floor,
         tolerance=0.0 if nearest is None else float(tolerance.flatten()[nearest]),
         top1=_top1(theirs, ours),
         passed=not reason,
         reason=reason,
     )
-
-
-def _tolerance(
-    dtype: torch.dtype, position: int, truth: Tensor, reference: Reference, given: tuple[float, float] | None
-) -> Tensor:
-    """Return what each element may differ by."""
-    if given is not None:
-        atol, rtol = given
-        return atol + rtol * truth.abs()
-    if not dtype.is_floating_point:
-        return torch.zeros_like(truth)
-    largest = reference.largest[position]
-    if reference.floors is None:
-        allowed = FALLBACK.get(dtype, FALLBACK[torch.float32]) * largest
-    else:
-        ulp = torch.finfo(dtype).eps * largest
-        allowed = NOISE_FACTOR * reference.floors[position] + NOISE_ULPS * ulp
-    return torch.full_like(truth, allowed)
 
 
 def _beyond(difference: Tensor, tolerance: Tensor) -> str:
@@ -295,21 +284,13 @@ def _beyond(difference: Tensor, tolerance: Tensor) -> str:
     )
 
 
-def _spread_beyond(difference: Tensor, dtype: torch.dtype, position: int, reference: Reference) -> str:
-    """Say that the elements are together farther off than noise would have them, or ""."""
-    if reference.spreads is None or difference.numel() < SPREAD_ELEMENTS:
-        return ""
-    spread = float(difference.square().mean().sqrt())
-    ulp = torch.finfo(dtype).eps * reference.largest[position]
-    allowed = SPREAD_FACTOR * reference.spreads[position] + SPREAD_ULPS * ulp
-    if spread <= allowed:
-        return ""
-    return f"the root mean square of the differences is {spread:.3g} where noise explains {allowed:.3g}"
-
-
-def _not_finite(theirs: Tensor, ours: Tensor) -> str:
-    """Say which of the two is not finite, or ""."""
-    for tensor, owner in ((ours, "torch's own output"), (theirs, "the file's output")):
+def _not_finite(theirs: Tensor, ours: Tensor, truth: Tensor) -> str:
+    """Say which of the three is not finite, or ""."""
+    for tensor, owner in (
+        (ours, "the model's own output"),
+        (theirs, "the file's output"),
+        (truth, "the output of the model in float64"),
+    ):
         bad = ~tensor.isfinite()
         if bool(bad.any()):
             kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
