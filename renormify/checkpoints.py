@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from renormify import sources
-from renormify.errors import CheckpointError, KeyMismatchError, OutputError
-from renormify.formats import OUR_KEY, SAFETENSORS, TORCH, one_line, read_safetensors, read_torch, recognise
+from renormify.errors import CheckpointError, KeyMismatchError, OutputError, one_line
+from renormify.formats import OUR_KEY, SAFETENSORS, TORCH, read_safetensors, read_torch, recognise
 from renormify.outputs import check_output, staged
 
 __all__ = [
     "Checkpoint",
     "check_checkpoint_output",
+    "fit_keys",
     "load_checkpoint",
     "load_model",
     "load_weights",
@@ -49,6 +51,17 @@ class Checkpoint(dict[str, Tensor]):
         # torch's own record of each module's version, by which load_state_dict() knows old checkpoints.
         self._metadata: Any = getattr(tensors, "_metadata", None)
 
+    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
+        """The same tensors under other names, and so the record of each module's version."""
+        tensors = OrderedDict((rename(key), value) for key, value in self.items())
+        if self._metadata is not None:
+            # A module's name is a prefix of its keys, but for the dot.
+            tensors._metadata = {  # type: ignore[attr-defined]
+                rename(f"{name}." if name else "").removesuffix("."): version
+                for name, version in self._metadata.items()
+            }
+        return Checkpoint(tensors, path=self.path, metadata=self.metadata)
+
 
 def load_model(source: str, weights: str | os.PathLike[str] | None = None) -> nn.Module:
     """Builds the model that a source names and loads a checkpoint into it, strictly.
@@ -71,17 +84,30 @@ def load_model(source: str, weights: str | os.PathLike[str] | None = None) -> nn
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Tensor]) -> nn.Module:
     """Loads a state dict into a model in place; every key must fit, ``num_batches_tracked`` excepted.
 
-    A model in float32 becomes float64 for a checkpoint that holds float64, so that no digit is lost.
+    A :class:`Checkpoint` may have the prefix ``module.`` where the model has none, or the other way round.
+    No value is rounded: a model in float32 becomes float64 for a checkpoint that is in float64 throughout and
+    needs it, and where a value would change all the same, nothing is loaded.
 
     Raises:
         KeyMismatchError: keys are missing, unexpected or of another shape; the message names the first few.
+            Also where the model's dtype cannot hold what the checkpoint has.
+        CheckpointError: a tensor is sparse or quantised, and the model's is not.
     """
-    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    if any(
-        key in own and own[key].dtype == torch.float32 and getattr(value, "dtype", None) == torch.float64
-        for key, value in checkpoint.items()
-    ):
+    checkpoint = fit_keys(model, checkpoint)
+    own = _tensors(model.state_dict())
+    loaded = {key: value for key, value in _tensors(checkpoint).items() if key in own}
+    _check_kinds(own, loaded, _name(checkpoint))
+    single = _floating(own) == {torch.float32}
+    if single and _floating(loaded) == {torch.float64} and _not_held(own, loaded) is not None:
         model.double()
+        own = _tensors(model.state_dict())
+    if (key := _not_held(own, loaded)) is not None:
+        theirs, ours = (str(tensors[key].dtype).removeprefix("torch.") for tensors in (loaded, own))
+        raise KeyMismatchError(
+            f"{_name(checkpoint)} does not fit the model: {key} is {theirs} in the file and {ours} in the "
+            f"model, which would change its values; build the model in {theirs}, or cast the file's tensors "
+            f"to {ours} where that is meant"
+        )
     try:
         result = model.load_state_dict(checkpoint, strict=False)
     except Exception as error:  # RuntimeError from torch, and anything from a model's own hooks
@@ -95,23 +121,35 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Tensor]) -> nn.Modul
     return model
 
 
+def fit_keys(model: nn.Module, checkpoint: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The checkpoint with the prefix ``module.`` taken off or put on where that makes more keys the model's.
+
+    DataParallel and DistributedDataParallel put it on; but a model may also have a part of that name. A plain
+    mapping comes back as it is.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    known = model.state_dict().keys()
+    candidates = [checkpoint, checkpoint.renamed(lambda key: _PREFIX + key)]
+    if all(key.startswith(_PREFIX) for key in checkpoint):
+        candidates.append(checkpoint.renamed(lambda key: key.removeprefix(_PREFIX)))
+    return max(candidates, key=lambda candidate: len(candidate.keys() & known))  # the first of equals
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads the state dict in a safetensors file or in one that ``torch.save`` wrote.
 
     What kind of file it is, its content tells and not its suffix. Nothing in it is ever executed. A state
-    dict nested under ``state_dict``, ``model_state_dict`` or ``model`` is found, and the prefix ``module.``
-    is taken off where every key has it. Tensors are mapped into memory where the format allows it.
+    dict nested under ``state_dict``, ``model_state_dict`` or ``model`` is found. Its keys are as they are
+    stored: whether a prefix ``module.`` belongs to them, :func:`load_weights` can tell by the model. Tensors
+    are mapped into memory where the format allows it.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds no state dict.
         UnsafeCheckpointError: loading it would run code.
     """
     path = Path(path)
-    checkpoint = _read_safetensors(path) if recognise(path) == SAFETENSORS else _read_torch(path)
-    if checkpoint and all(key.startswith(_PREFIX) for key in checkpoint):
-        # torch's own helper takes the prefix off the versions beside the tensors too.
-        nn.modules.utils.consume_prefix_in_state_dict_if_present(checkpoint, _PREFIX)
-    return checkpoint
+    return _read_safetensors(path) if recognise(path) == SAFETENSORS else _read_torch(path)
 
 
 def save_checkpoint(
@@ -228,6 +266,45 @@ def _unshared(state_dict: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    # A module's extra state may be anything.
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _floating(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:
+    return {value.dtype for value in tensors.values() if value.is_floating_point()}
+
+
+def _check_kinds(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where: str) -> None:
+    for key, value in loaded.items():
+        if value.layout != own[key].layout or value.is_quantized != own[key].is_quantized:
+            kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
+            remedy = "dequantize()" if value.is_quantized else "to_dense()"
+            raise CheckpointError(
+                f"{where} holds {key} as a {kind} tensor, and the model does not; save {remedy} of it instead"
+            )
+
+
+def _not_held(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
+    """The first key whose values the model's dtype cannot hold to the bit."""
+    for key, value in loaded.items():
+        dtype = own[key].dtype
+        if dtype == value.dtype:
+            continue
+        if dtype.is_floating_point and not value.is_floating_point():
+            return key  # integers as weights are quantised, and complex numbers would lose a part
+        back = value.to(dtype).to(value.dtype)
+        if not torch.equal(
+            *(x.resolve_conj().contiguous().reshape(-1).view(torch.uint8) for x in (value, back))
+        ):
+            return key
+    return None
+
+
+def _name(checkpoint: Mapping[str, Tensor]) -> str:
+    return str(getattr(checkpoint, "path", "the checkpoint"))
+
+
 def _other_shapes(own: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> list[str]:
     return [
         f"{key} ({tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model)"
@@ -251,5 +328,6 @@ def _mismatch(
     ]
     if not parts and error is not None:
         parts = [one_line(error)]
-    where = getattr(checkpoint, "path", "the checkpoint")
-    return KeyMismatchError(f"{where} does not fit the model: {'; '.join(parts)}; is --model the right one?")
+    return KeyMismatchError(
+        f"{_name(checkpoint)} does not fit the model: {'; '.join(parts)}; is --model the right one?"
+    )

@@ -1,30 +1,31 @@
 """The command line: it parses, calls, renders, and returns an exit code.
 
 0: done and proven. 1: the proof failed, or there was nothing to convert. 2: something given cannot be used,
-and one line on stderr says what to do. Nothing heavy is imported before a command runs.
+and one line on stderr says what to do. 130 and 143: interrupted, ended. 141: nobody reads the output.
+Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from renormify import __version__
-from renormify.errors import InputError, RenormifyError, RenormifyWarning
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from renormify.commands import Request
+from renormify.errors import InputError, ProofError, RenormifyError, one_line
+from renormify.session import (
+    console,
+    discard_unwritable,
+    fail,
+    open_standard_streams,
+    quiet_warnings,
+    session_of,
+)
 
 __all__ = ["app", "main"]
 
@@ -39,22 +40,39 @@ class Stat(str, enum.Enum):
     var = "var"
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM came. Like an interrupt it passes through a user's factory, where a SystemExit is an error."""
+
+
 class _Group(TyperGroup):
     """Turns every error into one line and an exit code, also where the app is called without :func:`main`."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         standalone = extra.pop("standalone_mode", True)
+        open_standard_streams()
         try:
             code = super().main(*args, **(extra | {"standalone_mode": False}))
+            sys.stdout.flush()
         except _UsageError as error:
-            code = _fail(f"{error.format_message()} (see renormify --help)", 2)  # type: ignore[attr-defined]
+            code = fail(f"{error.format_message()} (see renormify --help)", 2)  # type: ignore[attr-defined]
         except RenormifyError as error:
-            code = _fail(str(error), error.exit_code)
-        except typer.Abort:
-            code = _fail("interrupted; nothing was written", 130)
+            code = fail(str(error), error.exit_code)
+        except BrokenPipeError:
+            code = 141
+        except OSError as error:  # stdout's: those of files have become errors of ours on their way
+            code = fail(one_line(error), 2)
+        except _TerminatedError:
+            code = 143
+        discard_unwritable()
         if standalone:
             sys.exit(code or 0)
         return code
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer would return the code without a word
+            return fail("interrupted; nothing was written", 130)
 
 
 app = typer.Typer(
@@ -70,9 +88,13 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the ``renormify`` command."""
-    # Asked to end, clean up as after an interrupt.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="renormify")
+
+
+def _terminate(*_: object) -> None:
+    # Asked to end, clean up as after an interrupt.
+    raise _TerminatedError
 
 
 Checkpoint = Annotated[
@@ -160,8 +182,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show the sites that a conversion would convert or skip, and what a checkpoint says of itself."""
-    with _session(as_json, html, full=True) as session:
-        request = session.request(checkpoint, weights, model, None)
+    with session_of(as_json, html, full=True) as session:
+        request = session.request(checkpoint, weights, model)
         from renormify import commands
 
         session.finish(commands.inspect_checkpoint(request, commands.Settings()))
@@ -188,13 +210,13 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint, prove that evaluation is unchanged to the bit, and write it."""
-    with _session(as_json, html, full=verbose, force=force) as session:
-        request = session.request(checkpoint, weights, model, input_shape, output)
+    with session_of(as_json, html, full=verbose, force=force) as session:
+        request = session.request(checkpoint, weights, model, _shapes(input_shape), output=output)
         from renormify import commands
 
         settings = commands.Settings(r_max, d_max, _momentum(momentum), stat.value)
         document = commands.convert_checkpoint(request, output, settings, force=force)
-        session.finish(document, wrote=document["output"], failure="the converted model is not the original")
+        session.finish(document)
 
 
 @app.command(
@@ -219,15 +241,15 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export to ONNX with the norms folded away, and keep the file only if it agrees with the model."""
-    with _session(as_json, html, full=verbose, force=force) as session:
+    with session_of(as_json, html, full=verbose, force=force) as session:
         sizes = _batch_sizes(batch_sizes)
-        request = session.request(checkpoint, weights, model, input_shape, output)
+        request = session.request(checkpoint, weights, model, _shapes(input_shape), output=output)
         from renormify import commands
 
         document = commands.export_checkpoint(
             request, output, batch_sizes=sizes, fold=fold, opset=opset, force=force
         )
-        session.finish(document, wrote=document["output"], failure="the ONNX file differs from the model")
+        session.finish(document)
 
 
 @app.command(
@@ -246,161 +268,44 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare an ONNX file with the model that it was made from."""
-    with _session(as_json, html) as session:
+    with session_of(as_json, html) as session:
         sizes = _batch_sizes(batch_sizes)
-        request = session.request(checkpoint, weights, model, input_shape, file)
+        request = session.request(checkpoint, weights, model, _shapes(input_shape), reads=file)
         from renormify import commands
 
         document = commands.verify_file(file, request, batch_sizes=sizes)
-        session.finish(document, failure=f"{file} differs from the model")
+        session.finish(document)
 
 
-@app.command(epilog="Examples:\n\nrenormify demo\n\nrenormify demo -o /tmp/demo")
+@app.command(epilog="Examples:\n\nrenormify demo\n\nrenormify demo -o /tmp/demo --json")
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where all files go.")
     ] = Path("demo-output"),
+    as_json: Json = False,
 ) -> None:
     """Convert, prove, fine-tune and deploy a real network, in two minutes."""
-    with _quiet_warnings():
+    if not as_json:  # what is found is shown as it is found
+        with quiet_warnings():
+            from renormify import demo as demonstration
+
+            demonstration.run(output, console())
+        return
+    with session_of(as_json, None) as session:
+        from rich.console import Console
+
         from renormify import demo as demonstration
 
-        demonstration.run(output, _console())
+        try:
+            session.finish(demonstration.run(output, Console(quiet=True)))
+        except ProofError as error:
+            if error.document is None:
+                raise
+            session.finish(error.document)
 
 
-class _Session:
-    """One command's run: where its progress, its document and its verdict go."""
-
-    def __init__(
-        self, as_json: bool, html: Path | None, full: bool, force: bool, progress: Callable[[str], None]
-    ) -> None:
-        self._as_json = as_json
-        self._html = html
-        self._full = full
-        self._force = force
-        self._progress = progress
-        self._finished: tuple[dict[str, Any], Path | None, str] | None = None
-
-    def request(
-        self,
-        checkpoint: Path | None,
-        weights: Path | None,
-        model: str | None,
-        shapes: list[str] | None,
-        *files: Path,
-    ) -> Request:
-        """What the arguments ask for, checked as far as that goes before anything heavy is imported.
-
-        ``files`` are the others that the command reads or writes: the page must be none of them.
-        """
-        if checkpoint is not None and weights is not None and checkpoint != weights:
-            raise InputError(
-                f"CHECKPOINT and --weights are the same thing, but differ: {checkpoint}, {weights}"
-            )
-        parsed = tuple(_shape(text) for text in shapes) if shapes else None
-        file = checkpoint or weights
-        if self._html is not None:
-            self._check_page([file, *files] if file else [*files])
-        from renormify.commands import Request
-
-        return Request(file, model, parsed, self._progress)
-
-    def finish(self, document: dict[str, Any], *, wrote: Path | None = None, failure: str = "") -> None:
-        """Takes the result, to be rendered when the work is over."""
-        if self._html is not None:
-            from renormify import reporting
-            from renormify.outputs import staged
-
-            parts = reporting.sections(document, full=True)
-            page = reporting.html_page(parts, title=f"renormify {document['command']}")
-            with staged(self._html, force=self._force) as target:
-                target.write_text(page, encoding="utf-8")
-        self._finished = (document, wrote, failure)
-
-    def _check_page(self, files: list[Path]) -> None:
-        from renormify import reporting
-        from renormify.outputs import check_output
-
-        assert self._html is not None
-        check_output(self._html, force=self._force, inputs=files)
-        if any(self._html.absolute() == file.absolute() for file in files):
-            raise InputError(f"--html {self._html} is the output itself; give another name")
-        reporting.html_page(())  # says now, not after the work, that jinja2 is missing
-
-    def render(self) -> None:
-        """Prints the result.
-
-        Raises:
-            typer.Exit: with code 1 where the proof failed.
-        """
-        from renormify import reporting
-
-        if self._finished is None:
-            return
-        document, wrote, failure = self._finished
-        if self._as_json:
-            typer.echo(reporting.to_json(document))
-        else:
-            console = _console()
-            reporting.print_sections(console, reporting.sections(document, full=self._full))
-            for path in (wrote, self._html):
-                if path is not None:
-                    console.print(f"Wrote {path}", soft_wrap=True)
-        if not document["passed"]:
-            raise typer.Exit(_fail(f"{failure}; nothing was written" if "output" in document else failure, 1))
-
-
-@contextlib.contextmanager
-def _session(
-    as_json: bool, html: Path | None, *, full: bool = False, force: bool = False
-) -> Iterator[_Session]:
-    with contextlib.ExitStack() as stack:
-        # Whatever a user's factory or an exporter prints must not mix with the document.
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(_quiet_warnings())
-        session = _Session(as_json, html, full, force, stack.enter_context(_progress(as_json)))
-        yield session
-    session.render()
-
-
-@contextlib.contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[str], None]]:
-    if as_json or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-
-    with Console(stderr=True).status("Starting") as status:
-        yield lambda text: status.update(escape(text))
-
-
-@contextlib.contextmanager
-def _quiet_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        if not sys.warnoptions:  # with -W or PYTHONWARNINGS the user sees what he asked for
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("default", RenormifyWarning)
-        warnings.showwarning = _show_warning  # catch_warnings() puts the old one back
-        yield
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    print(f"renormify: warning: {_printable(str(message))}", file=sys.stderr)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # In a pipe there is no width to keep to, and a broken line is hard to search.
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+def _shapes(texts: list[str] | None) -> tuple[tuple[int, ...], ...] | None:
+    return tuple(map(_shape, texts)) if texts else None
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -430,13 +335,3 @@ def _momentum(text: str) -> float | Literal["keep"]:
         return float(text)
     except ValueError:
         raise InputError(f"--momentum {text!r}: expected a number, as 0.01, or keep") from None
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"renormify: error: {_printable(message)}", file=sys.stderr)
-    return code
-
-
-def _printable(message: str) -> str:
-    # One line; and a file's name may hold anything, but must not steer the terminal.
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))

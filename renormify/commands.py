@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from renormify import __version__, sources
 from renormify.checkpoints import (
     Checkpoint,
     check_checkpoint_output,
+    fit_keys,
     load_checkpoint,
     load_weights,
     save_checkpoint,
@@ -24,6 +26,9 @@ from renormify.outputs import check_output, staged
 from renormify.proof import example_inputs, prove_unchanged, run
 from renormify.rewriting import Conversion, convert
 from renormify.rules import Settings
+
+if TYPE_CHECKING:
+    from renormify.onnx import Parity
 
 __all__ = [
     "Request",
@@ -68,7 +73,8 @@ class Request:
 class _Subject:
     model: nn.Module
     source: str
-    checkpoint: Checkpoint | None
+    checkpoint: Mapping[str, Tensor] | None  # under the model's own keys
+    weights: Path | None
     shapes: Shapes | None
 
     def args(self) -> tuple[Tensor, ...]:
@@ -84,7 +90,7 @@ class _Subject:
             "command": command,
             "renormify": __version__,
             "model": self.source,
-            "weights": None if self.checkpoint is None else str(self.checkpoint.path),
+            "weights": None if self.weights is None else str(self.weights),
             "input_shape": self.shapes,
         }
 
@@ -99,23 +105,28 @@ def convert_checkpoint(
     """Converts, proves that nothing changed, and only then writes the checkpoint.
 
     Returns:
-        The document, with the proof; ``passed`` tells whether the file was written.
+        The document, with the proof; ``passed`` tells whether the file was written. Where every BatchNorm has
+        a reason to be skipped it has their report, and in ``reason`` what to say of it.
 
     Raises:
-        RenormifyError: something given cannot be used, or there is nothing to convert.
+        RenormifyError: something given cannot be used, or there is no BatchNorm.
     """
     check_checkpoint_output(output, force=force, inputs=request.inputs)
     subject = _load(request)
     args = subject.args()
     request.progress("Converting")
-    conversion = _convert(subject.model, settings)
+    document = subject.document("convert") | {"settings": _plain(settings)}
+    try:
+        conversion = _convert(subject.model, settings)
+    except NothingToConvertError as error:
+        return document | _nothing(error) | {"output": None}
     request.progress("Proving that the outputs are unchanged")
     proof = prove_unchanged(subject.model, conversion.model, args)
-    document = subject.document("convert") | {
-        "settings": dataclasses.asdict(settings),
+    document |= {
         "report": conversion.report.to_dict(),
         "proof": proof.to_dict(),
         "passed": proof.passed,
+        "reason": None if proof.passed else f"the converted model is not the original: {proof.reason}",
         "output": output if proof.passed else None,
     }
     if proof.passed:
@@ -128,8 +139,10 @@ def convert_checkpoint(
 def inspect_checkpoint(request: Request, settings: Settings) -> dict[str, Any]:
     """Tells which sites a conversion would convert, and what a checkpoint says of itself.
 
+    Where all would be skipped, ``passed`` is false, and ``reason`` says so.
+
     Raises:
-        RenormifyError: something given cannot be used, or there is nothing to convert.
+        RenormifyError: something given cannot be used, or there is no BatchNorm.
     """
     checkpoint = _read(request)
     if checkpoint is None and request.source is None:
@@ -143,15 +156,13 @@ def inspect_checkpoint(request: Request, settings: Settings) -> dict[str, Any]:
         return document  # what the file says is told; code that it names is not run
     subject = _load(request, checkpoint)
     request.progress("Looking for BatchNorm")
-    conversion = _convert(subject.model, settings)
-    return (
-        document
-        | subject.document("inspect")
-        | {
-            "dtypes": _count_dtypes(dict(subject.model.named_parameters())),
-            "report": conversion.report.to_dict(),
-        }
-    )
+    document |= subject.document("inspect")
+    document["dtypes"] = _count_dtypes(dict(subject.model.named_parameters()))
+    try:
+        conversion = _convert(subject.model, settings)
+    except NothingToConvertError as error:
+        return document | _nothing(error)
+    return document | {"report": conversion.report.to_dict()}
 
 
 def export_checkpoint(
@@ -175,6 +186,7 @@ def export_checkpoint(
 
     check_output(output, force=force, inputs=request.inputs)
     subject = _load(request)
+    _check_deployable(subject)
     args = subject.args()
     document = subject.document("export")
     try:
@@ -199,6 +211,7 @@ def export_checkpoint(
         "export": export.to_dict() | {"path": output},
         "parity": parity.to_dict(),
         "passed": parity.passed,
+        "reason": _disparity(output, parity),
         "output": output if parity.passed else None,
     }
 
@@ -219,7 +232,12 @@ def verify_file(path: Path, request: Request, *, batch_sizes: Sequence[int] = (1
     run(subject.model, args)
     request.progress("Comparing the ONNX file with the model")
     parity = verify_onnx(subject.model, path, args, batch_sizes=tuple(batch_sizes))
-    return subject.document("verify") | {"onnx": path, "parity": parity.to_dict(), "passed": parity.passed}
+    return subject.document("verify") | {
+        "onnx": path,
+        "parity": parity.to_dict(),
+        "passed": parity.passed,
+        "reason": _disparity(path, parity),
+    }
 
 
 def _read(request: Request) -> Checkpoint | None:
@@ -239,10 +257,11 @@ def _load(request: Request, checkpoint: Checkpoint | None = None) -> _Subject:
         )
     request.progress(f"Building {source}")
     model = sources.build_model(source)
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
+    fitted = None if checkpoint is None else fit_keys(model, checkpoint)
+    if fitted is not None:
+        load_weights(model, fitted)
     shapes = request.shapes or _recorded_shapes(checkpoint) or sources.input_shapes(source, model)
-    return _Subject(model, source, checkpoint, shapes)
+    return _Subject(model, source, fitted, request.checkpoint, shapes)
 
 
 def _source(request: Request, checkpoint: Checkpoint | None) -> str | None:
@@ -281,7 +300,44 @@ def _convert(model: nn.Module, settings: Settings) -> Conversion:
     )
 
 
-def _in_the_dtypes_of(checkpoint: Checkpoint | None, state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _check_deployable(subject: _Subject) -> None:
+    """Refuses early what onnxruntime would refuse after the whole export."""
+    for name, parameter in subject.model.named_parameters():
+        if parameter.dtype in (torch.float64, torch.bfloat16):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"the model has {name} in {kind}, and onnxruntime does not run convolutions in {kind}: "
+                "build it in float32, from weights in float32 (value.float() for each), and export that"
+            )
+
+
+def _disparity(path: Path, parity: Parity) -> str | None:
+    """Why a file is not proven to be the model: what failed first, and out of how many."""
+    failed = [record for record in parity.outputs if not record.passed]
+    if not failed:
+        return None
+    first = failed[0]
+    return (
+        f"{path} is not proven to be the model: {len(failed)} of {len(parity.outputs)} comparisons failed, "
+        f"the first {first.name} at batch size {first.batch_size}: {first.reason}"
+    )
+
+
+def _nothing(error: NothingToConvertError) -> dict[str, Any]:
+    if error.report is None:
+        raise error
+    return {"report": error.report.to_dict(), "passed": False, "reason": str(error)}
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    # JSON has no infinity; float() reads this one back.
+    return {
+        key: str(value) if isinstance(value, float) and math.isinf(value) else value
+        for key, value in dataclasses.asdict(settings).items()
+    }
+
+
+def _in_the_dtypes_of(checkpoint: Mapping[str, Tensor] | None, state: Mapping[str, Any]) -> Mapping[str, Any]:
     # A file in half precision is computed with in float32 and goes back to half precision without a loss.
     if checkpoint is None:
         return state

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from renormify import reporting
 from renormify.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from renormify.errors import MissingExtraError, OutputError, ProofError
 from renormify.onnx import export_onnx, verify_onnx
-from renormify.outputs import staged
+from renormify.outputs import check_output, staged
 from renormify.proof import example_inputs, prove_unchanged
 from renormify.rewriting import convert
 
@@ -36,7 +36,7 @@ _CLASSES = 10
 _SIZE = 64  # pixels
 _MICROBATCH = 4
 _LEARNING_RATE = 3e-4
-_CHECKPOINT, _ONNX, _PAGE, _RESULT = "renorm.safetensors", "model.onnx", "report.html", "result.json"
+_FILES = _CHECKPOINT, _ONNX, _PAGE, _RESULT = "renorm.safetensors", "model.onnx", "report.html", "result.json"
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ def run(output: Path, console: Console, *, steps: int = 160) -> dict[str, Any]:
 
     Raises:
         MissingExtraError: the extra ``demo`` is not installed.
-        OutputError: ``output`` cannot be a folder.
-        ProofError: the conversion changed an output, or the ONNX file differs from the model.
+        OutputError: ``output`` cannot be a folder, or one of its files cannot be written.
+        ProofError: the conversion changed an output, and nothing is written; or the ONNX file differs from
+            the model, and all but that file is.
     """
     started = time.perf_counter()
     original, data = _pretrained(), _digits()
@@ -96,7 +97,10 @@ def run(output: Path, console: Console, *, steps: int = 160) -> dict[str, Any]:
     try:
         output.mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make the folder {output}: {error.strerror}; give another -o") from error
+        raise OutputError(f"cannot make the folder {output}: {error.strerror}; give another path") from error
+
+    for name in _FILES:
+        check_output(output / name, force=True)
 
     console.print("renormify demo: EfficientNet-Lite0, trained on ImageNet\n")
     conversion = convert(original)
@@ -109,34 +113,41 @@ def run(output: Path, console: Console, *, steps: int = 160) -> dict[str, Any]:
 
     tuned, tuning = _fine_tune(original, conversion.model, data, steps, console)
     reporting.print_sections(console, [_tuning_section(tuning)])
-    save_checkpoint(output / _CHECKPOINT, tuned.state_dict(), {"proof": proof.to_dict()}, force=True)
 
-    with console.status("Exporting to ONNX"), staged(output / _ONNX, force=True) as target:
-        export = export_onnx(tuned, data.test[:2], target)
-        parity = verify_onnx(tuned, target, data.test[:2])
-        batch_norm_nodes = _count_batch_norms(target)
-    document |= {"export": export.to_dict() | {"path": output / _ONNX}, "parity": parity.to_dict()}
+    with ExitStack() as stack:  # nothing is in its place before all is made
+        files = {name: stack.enter_context(staged(output / name, force=True)) for name in _FILES}
+        save_checkpoint(files[_CHECKPOINT], tuned.state_dict(), {"proof": proof.to_dict()})
+        with console.status("Exporting to ONNX"):
+            export = export_onnx(tuned, data.test[:2], files[_ONNX])
+            parity = verify_onnx(tuned, files[_ONNX], data.test[:2])
+            batch_norm_nodes = _count_batch_norms(files[_ONNX])
+        document |= {"export": export.to_dict() | {"path": output / _ONNX}, "parity": parity.to_dict()}
+        result = {
+            "converted": len(conversion.report.converted),
+            "skipped": len(conversion.report.skipped),
+            "max_abs_difference": proof.max_abs_difference,
+            "batch_norm_nodes": batch_norm_nodes,
+            "parity_passed": parity.passed,
+            "passed": parity.passed,
+            "reason": None if parity.passed else "the ONNX file differs from the model, and was not kept",
+            "fine_tuning": tuning.to_dict(),
+            "seconds": round(time.perf_counter() - started, 1),
+            **document,
+        }
+        parts = [*reporting.sections(document, full=True), _tuning_section(tuning)]
+        files[_PAGE].write_text(reporting.html_page(parts, title="renormify demo"), encoding="utf-8")
+        files[_RESULT].write_text(reporting.to_json(result) + "\n", encoding="utf-8")
+        if not parity.passed:
+            for file in files[_ONNX].parent.iterdir():
+                file.unlink()
+
     reporting.print_sections(console, reporting.sections({k: document[k] for k in ("export", "parity")}))
     console.print(f"BatchNormalization nodes left in the ONNX file: {batch_norm_nodes}\n")
-
-    parts = [*reporting.sections(document, full=True), _tuning_section(tuning)]
-    (output / _PAGE).write_text(reporting.html_page(parts, title="renormify demo"), encoding="utf-8")
-    result = {
-        "converted": len(conversion.report.converted),
-        "skipped": len(conversion.report.skipped),
-        "max_abs_difference": proof.max_abs_difference,
-        "batch_norm_nodes": batch_norm_nodes,
-        "parity_passed": parity.passed,
-        "fine_tuning": tuning.to_dict(),
-        "seconds": round(time.perf_counter() - started, 1),
-        **document,
-    }
-    (output / _RESULT).write_text(reporting.to_json(result) + "\n", encoding="utf-8")
     console.print(f"Done in {result['seconds']} s. Written:")
-    for name in (_CHECKPOINT, _ONNX, _PAGE, _RESULT):
+    for name in _FILES if parity.passed else (_CHECKPOINT, _PAGE, _RESULT):
         console.print(f"  {output / name}", soft_wrap=True)
     if not parity.passed:
-        raise ProofError("the ONNX file differs from the model; the table above says where")
+        raise ProofError(f"{result['reason']}; the report says where", result)
     return result
 
 

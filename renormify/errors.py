@@ -23,7 +23,7 @@ command line returns for it.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 __all__ = [
     "CheckpointError",
@@ -39,7 +39,25 @@ __all__ = [
     "RenormifyWarning",
     "UnsafeCheckpointError",
     "UnsupportedModelError",
+    "one_line",
 ]
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """What an exception says, for the end of an error message: on one line, and not too long.
+
+    Args:
+        error: an exception, whose class comes in front, or a text.
+        limit: the most characters to return; what is longer is cut between two words and ends in ``...``.
+    """
+    text = str(error)
+    if isinstance(error, BaseException):
+        text = f"{type(error).__name__}: {text}" if text.strip() else type(error).__name__
+    text = " ".join(text.split())
+    if len(text) <= limit:
+        return text
+    kept = text[: limit - 3]
+    return (kept.rpartition(" ")[0] or kept) + "..."
 
 
 class RenormifyError(Exception):
@@ -77,15 +95,33 @@ class OutputError(InputError):
 
 
 class NothingToConvertError(RenormifyError):
-    """A model in which there is no BatchNorm to convert."""
+    """A model in which there is no BatchNorm to convert.
+
+    Args:
+        message: what was looked at and found.
+        report: the ``ConversionReport`` of the sites that were skipped, where there are any.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ProofError(RenormifyError):
-    """The converted model and the original differ before the first step of training."""
+    """The converted model and the original differ before the first step of training.
+
+    Args:
+        message: what differs.
+        document: what was found until then, as the command line reports it, where there is a report.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, document: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.document = document
 
 
 class ExportError(RenormifyError):

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from renormify.errors import CheckpointError, UnsafeCheckpointError
+from renormify.errors import CheckpointError, UnsafeCheckpointError, one_line
 from renormify.sources import nearest
 
-__all__ = ["OUR_KEY", "SAFETENSORS", "TORCH", "one_line", "read_safetensors", "read_torch", "recognise"]
+__all__ = ["OUR_KEY", "SAFETENSORS", "TORCH", "read_safetensors", "read_torch", "recognise"]
 
 SAFETENSORS, TORCH = "safetensors", "torch"
 OUR_KEY = "renormify"  # under it a checkpoint says what renormify knows of it
@@ -119,12 +119,6 @@ def read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file can make the readers raise anything
         raise _refusal(path, error) from error
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception, without its line breaks and not too long."""
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:

@@ -34,18 +34,18 @@ def check_output(path: str | Path, *, force: bool = False, inputs: Iterable[str 
     folder = path.parent
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise OutputError(f"cannot write {path}: the folder {folder} {what}; create it or give another -o")
+        raise OutputError(f"cannot write {path}: the folder {folder} {what}; create it or give another path")
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; give a file name")
     for source in inputs:
         # samefile sees through links, relative paths and case-blind file systems.
         if path.exists() and Path(source).exists() and path.samefile(source):
-            raise OutputError(f"cannot write {path}: it is the input itself; give another -o")
+            raise OutputError(f"cannot write {path}: it is the input itself; give another path")
     if path.exists() or path.is_symlink():
         if not force:
-            raise OutputError(f"{path} exists already; give another -o, or --force to replace it")
+            raise OutputError(f"{path} exists already; give another path, or --force to replace it")
         if not path.is_file():
-            raise OutputError(f"cannot replace {path}: it is not a regular file; give another -o")
+            raise OutputError(f"cannot replace {path}: it is not a regular file; give another path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {path}: no permission to write in {folder}")
     return path

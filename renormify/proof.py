@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from renormify.errors import InputError
+from renormify.errors import InputError, one_line
 
 __all__ = ["Proof", "example_inputs", "prove_unchanged", "run"]
 
@@ -75,11 +75,18 @@ def example_inputs(
         seed: another seed gives other inputs.
         dtype: of the inputs; drawn in float32 and then cast.
         device: where they are put; the draws are the CPU's in any case.
+
+    Raises:
+        InputError: there is no memory for such a shape.
     """
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn(tuple(shape), generator=generator).to(device=device, dtype=dtype) for shape in shapes
-    )
+    inputs = []
+    for shape in map(tuple, shapes):
+        try:
+            inputs.append(torch.randn(shape, generator=generator).to(device=device, dtype=dtype))
+        except (RuntimeError, TypeError, MemoryError) as error:  # more than the memory, or than 64 bits, hold
+            raise InputError(f"cannot make an input of shape {shape}: {one_line(error)}") from error
+    return tuple(inputs)
 
 
 def prove_unchanged(
@@ -140,7 +147,7 @@ def run(
             outputs = model(*own_args, **own_kwargs)
             return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), outputs)
     except Exception as error:  # a user's model may raise anything
-        raise InputError(f"the model fails on {_describe(inputs)}: {_first_line(error)}") from error
+        raise InputError(f"the model fails on {_describe(inputs)}: {one_line(error)}") from error
 
 
 def _judge(own: _Difference, result: _Difference) -> Proof:
@@ -284,8 +291,3 @@ def _plain(value: Any) -> str:
 def _describe(inputs: Any) -> str:
     shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     return f"an input of shape {', '.join(map(str, shapes))}" if shapes else "these arguments"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -283,4 +283,4 @@ def _require_some(model: nn.Module, verdicts: _Verdicts) -> None:
     if verdicts:
         site, reason = verdicts[0]
         message += f": {len(verdicts)} skipped, the first {site.name or 'the model itself'} ({reason})"
-    raise NothingToConvertError(message)
+    raise NothingToConvertError(message, _report(verdicts) if verdicts else None)

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from renormify.errors import MissingExtraError, ModelSourceError
+from renormify.errors import MissingExtraError, ModelSourceError, one_line
 
 __all__ = ["build_model", "input_shapes", "names_code", "nearest"]
 
@@ -111,7 +111,7 @@ def _zoo(package: str, module: str) -> Any:
 
 def _from_factory(module_name: str, path: str) -> nn.Module:
     source = f"{module_name}:{path}"
-    with _current_directory_importable():
+    with _current_directory():
         module = _import(module_name, source)
         return _checked(_resolve(module, path, source), source)
 
@@ -132,7 +132,7 @@ def _import(name: str, source: str) -> ModuleType:
             f"--model {source}: no module {missing!r}{near or f'; expected {_GRAMMAR}'}"
         ) from error
     except (Exception, SystemExit) as error:
-        raise ModelSourceError(f"--model {source}: importing {name} failed: {_brief(error)}") from error
+        raise ModelSourceError(f"--model {source}: importing {name} failed: {one_line(error)}") from error
 
 
 def _resolve(module: ModuleType, path: str, source: str) -> Callable[[], Any]:
@@ -163,7 +163,7 @@ def _checked(factory: Callable[[], Any], source: str) -> nn.Module:
             warnings.simplefilter("ignore")
             model = factory()
     except (Exception, SystemExit) as error:
-        raise ModelSourceError(f"--model {source}: the factory failed with {_brief(error)}") from error
+        raise ModelSourceError(f"--model {source}: the factory failed with {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelSourceError(
             f"--model {source}: the factory returned {type(model).__name__}; expected a torch.nn.Module"
@@ -172,15 +172,17 @@ def _checked(factory: Callable[[], Any], source: str) -> nn.Module:
 
 
 @contextmanager
-def _current_directory_importable() -> Iterator[None]:
+def _current_directory() -> Iterator[None]:
     # In front while the factory runs, so that the user's own models.py is found; behind everything
-    # afterwards, where a late import of the model still finds it and it can shadow nothing.
+    # afterwards, where a late import of the model still finds it and it can shadow nothing. And current again
+    # afterwards, wherever the user's code went: what was given by relative paths is meant from here.
     here = os.getcwd()
     sys.path.insert(0, here)
     importlib.invalidate_caches()
     try:
         yield
     finally:
+        os.chdir(here)
         if here in sys.path:  # the user's code may have taken it out itself
             sys.path.remove(here)
         if here not in sys.path:
@@ -215,8 +217,3 @@ def _configured_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 def _hint(source: str) -> str:
     return f"; perhaps torchvision:{source} or timm:{source}" if source.isidentifier() else ""
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -18,7 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from renormify import outputs
-from renormify.checkpoints import Checkpoint, load_checkpoint, load_model, load_weights, save_checkpoint
+from renormify.checkpoints import (
+    Checkpoint,
+    fit_keys,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    save_checkpoint,
+)
 from renormify.errors import CheckpointError, KeyMismatchError, OutputError, UnsafeCheckpointError
 
 
@@ -71,7 +78,7 @@ def test_formats_are_told_by_content_and_load_to_the_bit(tmp_path, state, kind, 
     path = tmp_path / f"weights{suffix}"
     FORMATS[kind](state, path)
     before = path.read_bytes()
-    checkpoint = load_checkpoint(path)
+    checkpoint = fit_keys(network(), load_checkpoint(path))
     assert checkpoint.path == path
     assert checkpoint.metadata == {}
     assert_same(dict(sorted(checkpoint.items())), dict(sorted(state.items())))
@@ -92,15 +99,60 @@ def test_loading_writes_into_the_model_and_not_into_the_file(tmp_path, state):
     assert path.read_bytes() == before
 
 
+class Wrapper(nn.Module):
+    """A model with a part of the name that DataParallel gives to its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = network()
+
+    def forward(self, x):
+        return self.module(x)
+
+
+PREFIXED = {
+    "dict": lambda state, path: torch.save(dict(state), path),
+    "OrderedDict": lambda state, path: torch.save(OrderedDict(state), path),
+    "state_dict": lambda state, path: torch.save({"state_dict": dict(state)}, path),
+    "model": lambda state, path: torch.save({"model": OrderedDict(state)}, path),
+    "safetensors": lambda state, path: save_file(dict(state), path),
+}
+
+
+@pytest.mark.parametrize("kind", PREFIXED)
+def test_module_prefix_goes_where_the_model_has_none(tmp_path, state, kind):
+    # Once: 'NoneType' object has no attribute 'keys', for every file without torch's record of versions.
+    PREFIXED[kind]({f"module.{key}": value for key, value in state.items()}, tmp_path / "a")
+    model = load_weights(network().float(), load_checkpoint(tmp_path / "a"))
+    assert_same(model.state_dict(), state)
+
+
+@pytest.mark.parametrize("outer", [Wrapper, lambda: nn.DataParallel(network())], ids=["wrapper", "parallel"])
+@pytest.mark.parametrize("stored", ["", "module.", "module.module."])
+def test_module_prefix_is_what_the_model_calls_for(tmp_path, state, outer, stored):
+    torch.save({stored + key: value for key, value in state.items()}, tmp_path / "a.pth")
+    checkpoint = load_checkpoint(tmp_path / "a.pth")
+    assert all(key.startswith(stored) for key in checkpoint)
+    model = outer()
+    nn.init.zeros_(model.module[0].weight)
+    load_weights(model, checkpoint)
+    assert_same(model.module.state_dict(), state)
+
+
 def test_module_prefix_stays_where_not_every_key_has_it(tmp_path, state):
     mixed = {f"module.{key}": value for key, value in state.items()} | {"n": torch.ones(1)}
     torch.save(mixed, tmp_path / "a.pth")
-    assert list(load_checkpoint(tmp_path / "a.pth")) == list(mixed)
+    with pytest.raises(KeyMismatchError, match=r"unexpected: module\.0\.weight"):
+        load_weights(network(), load_checkpoint(tmp_path / "a.pth"))
 
 
 def test_the_versions_that_torch_records_survive(tmp_path):
     torch.save(nn.DataParallel(network()).state_dict(), tmp_path / "a.pth")
-    assert load_checkpoint(tmp_path / "a.pth")._metadata["1"] == {"version": 2}
+    stored = load_checkpoint(tmp_path / "a.pth")
+    assert stored._metadata["module.1"] == {"version": 2}
+    stripped = fit_keys(network(), stored)
+    assert stripped._metadata["1"] == {"version": 2}
+    assert fit_keys(Wrapper(), stripped)._metadata["module.1"] == {"version": 2}
 
 
 @pytest.mark.parametrize("versions", [True, False])
@@ -233,6 +285,63 @@ def test_float64_is_not_lost(state):
     }
     model = load_weights(network(), wide)
     assert_same(model.state_dict(), wide)
+
+
+def test_float64_that_float32_holds_leaves_the_model_alone(state):
+    wide = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}
+    assert_same(load_weights(network(), wide).state_dict(), state)
+    # One tensor in float64 does not make the whole model one in float64.
+    assert_same(load_weights(network(), {**state, "0.bias": state["0.bias"].double()}).state_dict(), state)
+    with pytest.raises(KeyMismatchError, match=r"0\.bias is float64 in the file and float32 in the model"):
+        load_weights(network(), {**state, "0.bias": state["0.bias"].double() + 1e-12})
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "words"),
+    [
+        ("0.weight", lambda x: x, "0.weight is float32 in the file and float16 in the model"),
+        ("0.weight", lambda x: x.bfloat16() * 1e-6, "0.weight is bfloat16 in the file and float16"),
+        ("0.weight", lambda x: x * (1 + 1j), "0.weight is complex64 in the file and float16"),
+        ("1.running_mean", lambda x: (x * 9).long(), "1.running_mean is int64 in the file and float16"),
+        (
+            "1.num_batches_tracked",
+            lambda x: x + 0.5,
+            "1.num_batches_tracked is float32 in the file and int64",
+        ),
+    ],
+)
+def test_no_value_is_rounded_silently(state, key, change, words):
+    model = network().half()
+    half = {k: value.half() if value.is_floating_point() else value for k, value in state.items()}
+    load_weights(model, half)
+    before = {k: value.clone() for k, value in model.state_dict().items()}
+    with pytest.raises(KeyMismatchError) as caught:
+        load_weights(model, {**half, key: change(state[key])})
+    assert words in str(caught.value)
+    assert_same(model.state_dict(), before)
+
+
+def test_values_that_the_model_holds_may_have_another_dtype(state):
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    wide = {key: value.float() for key, value in half.items()}
+    model = load_weights(network().half(), wide)
+    assert_same(model.state_dict(), half)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, that these kinds are beta or deprecated
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.to_sparse(), "2.weight as a sparse_coo tensor, and the model does not; save to_dense()"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "a quantised tensor"),
+    ],
+)
+def test_sparse_and_quantised_tensors_are_called_by_name(tmp_path, state, change, words):
+    torch.save({**state, "2.weight": change(state["2.weight"])}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(network(), load_checkpoint(tmp_path / "a.pth"))
+    assert words in str(caught.value)
+    assert "right one" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import renormify
 from renormify.cli import app
+from renormify.errors import one_line
 
 PACKAGE = Path(renormify.__file__).parent.parent
 MINE = """
@@ -31,6 +32,12 @@ def bare():
 
 def fails():
     raise RuntimeError("no [weights] here\\nsecond line")
+
+def double():
+    return net().double()
+
+def half():
+    return net().half()
 
 def wrong():
     return {"a": 1}
@@ -170,6 +177,37 @@ CASES = [
     ("html exists", f"convert good.pth {NET} {OUT} --html exists.safetensors", 2, "--force"),
     ("html is input", f"convert good.pth {NET} {OUT} --html good.pth --force", 2, "the input itself"),
     ("html is output", f"convert good.pth {NET} {OUT} --html ./out.safetensors", 2, "the output itself"),
+    (
+        "html is old output",
+        f"convert good.pth {NET} -o exists.safetensors --force --html exists.safetensors",
+        2,
+        "the output itself",
+    ),
+    ("html is verified", f"verify text.onnx good.pth {NET} --html text.onnx", 2, "the input itself"),
+    (
+        "huge shape",
+        f"convert --model mine_for_errors:net --input-shape 99999999999,3,8,8 {OUT}",
+        2,
+        "cannot make an input of shape (99999999999, 3, 8, 8)",
+    ),
+    (
+        "overflowing shape",
+        f"convert --model mine_for_errors:net --input-shape {10**23},3,8,8 {OUT}",
+        2,
+        "cannot make an input of shape",
+    ),
+    (
+        "export double",
+        "export --model mine_for_errors:double --input-shape 1,3,8,8 -o o.onnx",
+        2,
+        "the model has 0.weight in float64, and onnxruntime does not run convolutions in float64",
+    ),
+    (
+        "half factory",
+        f"convert good.pth --model mine_for_errors:half --input-shape 1,3,8,8 {OUT}",
+        2,
+        "0.weight is float32 in the file and float16 in the model",
+    ),
     ("html folder", f"convert good.pth {NET} {OUT} --html no/report.html", 2, "does not exist"),
 ]
 
@@ -243,3 +281,12 @@ def test_the_command_alone_and_its_version():
     assert alone.returncode == 2
     assert all(command in alone.stdout for command in ("inspect", "convert", "export", "verify", "demo"))
     assert run("--help").returncode == 0
+
+
+def test_one_line_of_an_error_is_one_line():
+    assert one_line(ValueError("a\n  b\tc")) == "ValueError: a b c"
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line("a\nb") == "a b"
+    assert one_line(ValueError("one two three"), 19) == "ValueError: one..."
+    assert one_line("x" * 50, 10) == "xxxxxxx..."
+    assert len(one_line(ValueError("word " * 1000))) <= 300

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from renormify import demo
 from renormify.checkpoints import load_checkpoint
+from renormify.cli import app
 from renormify.errors import MissingExtraError, OutputError
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +58,58 @@ def test_demo_says_where_it_cannot_write(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot make the folder"):
         demo.run(tmp_path / "no" / "such", Console(file=io.StringIO()))
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_demo_takes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run", partial(demo.run, steps=4))
+    output = tmp_path / "out"
+    result = CliRunner().invoke(app, ["demo", "-o", str(output), "--json"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (output / "result.json").read_text()
+    assert json.loads(result.stdout)["parity_passed"] is True
+    assert result.stderr == ""
+
+
+def test_demo_keeps_no_onnx_file_that_fails_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = demo.verify_onnx
+
+    def faulty(*arguments: Any) -> Any:
+        parity = genuine(*arguments)
+        worse = dataclasses.replace(parity.outputs[0], passed=False, reason="made to fail")
+        return dataclasses.replace(parity, outputs=(worse, *parity.outputs[1:]))
+
+    monkeypatch.setattr(demo, "verify_onnx", faulty)
+    monkeypatch.setattr(demo, "run", partial(demo.run, steps=4))
+    result = CliRunner().invoke(app, ["demo", "-o", str(tmp_path), "--json"])
+    assert result.exit_code == 1, result.output
+    assert json.loads(result.stdout)["parity_passed"] is False
+    assert result.stderr.startswith("renormify: error: the ONNX file differs")
+    assert result.stderr.count("\n") == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"renorm.safetensors", "report.html", "result.json"}
+
+
+@pytest.mark.parametrize("name", ["renorm.safetensors", "model.onnx", "report.html", "result.json"])
+def test_demo_looks_at_its_files_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(demo, "_fine_tune", lambda *_: pytest.fail("it trained"))
+    (tmp_path / name).mkdir()
+    with pytest.raises(OutputError, match="it is a folder"):
+        demo.run(tmp_path, Console(file=io.StringIO()), steps=4)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_demo_writes_through_no_link(tmp_path: Path) -> None:
+    names = ("renorm.safetensors", "model.onnx", "report.html", "result.json")
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in names:
+        (tmp_path / name).write_text("kept")
+        (output / name).symlink_to(tmp_path / name)
+    demo.run(output, Console(file=io.StringIO()), steps=4)
+    for name in names:
+        assert (tmp_path / name).read_text() == "kept"
+        assert not (output / name).is_symlink()
 
 
 @pytest.mark.parametrize("package", ["sklearn.datasets", "efficientnet_lite_pytorch", "jinja2"])

@@ -213,3 +213,10 @@ def test_example_inputs_are_seeded_and_finite():
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], example_inputs([(2, 3)], seed=1)[0])
     assert example_inputs([(2,)], dtype=torch.float16)[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("shape", [(99999999999, 3, 8, 8), (10**23, 3, 8, 8)])
+def test_an_input_beyond_all_memory_is_refused_in_one_line(shape):
+    with pytest.raises(InputError, match=r"cannot make an input of shape \(9?1?[90]+, 3, 8, 8\)") as caught:
+        example_inputs([shape])
+    assert "\n" not in str(caught.value)

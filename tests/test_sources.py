@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,18 @@ def test_modules_that_cannot_be_imported_say_why(folder):
     assert "importing broken_a failed: ZeroDivisionError" in refusal("broken_a:f")
     assert "importing broken_b failed: no module 'not_there_at_all'" in refusal("broken_b:f")
     assert "importing broken_c failed: SyntaxError" in refusal("broken_c:f")
+
+
+def test_a_factory_that_goes_elsewhere_comes_back(folder):
+    (folder / "restless.py").write_text(
+        "import os\nfrom torch import nn\n"
+        "def build():\n    os.chdir('/')\n    return nn.Identity()\n"
+        "def fails():\n    os.chdir('/')\n    raise ValueError('no')\n"
+    )
+    build_model("restless:build")
+    assert Path.cwd() == folder
+    refusal("restless:fails")
+    assert Path.cwd() == folder
 
 
 def test_the_current_directory_shadows_nothing_afterwards(folder):

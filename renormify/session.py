@@ -1,0 +1,229 @@
+"""One command's run: its progress and warnings on stderr, its result on stdout, its verdict as exit code.
+
+While a command works, nothing but it may come onto stdout, whatever a user's factory or an exporter prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+from renormify.errors import InputError, RenormifyWarning
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from renormify.commands import Request
+
+__all__ = [
+    "Session",
+    "console",
+    "discard_unwritable",
+    "fail",
+    "open_standard_streams",
+    "quiet_warnings",
+    "session_of",
+]
+
+
+class Session:
+    """One command's run: where its progress, its document and its verdict go."""
+
+    def __init__(
+        self, as_json: bool, html: Path | None, full: bool, force: bool, progress: Callable[[str], None]
+    ) -> None:
+        self._as_json = as_json
+        self._html = html
+        self._full = full
+        self._force = force
+        self._progress = progress
+        self._finished: dict[str, Any] | None = None
+
+    def request(
+        self,
+        checkpoint: Path | None,
+        weights: Path | None,
+        model: str | None,
+        shapes: tuple[tuple[int, ...], ...] | None = None,
+        *,
+        output: Path | None = None,
+        reads: Path | None = None,
+    ) -> Request:
+        """What the arguments ask for, checked as far as that goes before anything heavy is imported.
+
+        ``output`` and ``reads`` are the other files of the command: the page must be none of them.
+        """
+        if checkpoint is not None and weights is not None and checkpoint != weights:
+            raise InputError(
+                f"CHECKPOINT and --weights are the same thing, but differ: {checkpoint}, {weights}"
+            )
+        file = checkpoint or weights
+        if self._html is not None:
+            self._check_page(output, [path for path in (file, reads) if path is not None])
+        from renormify.commands import Request
+
+        return Request(file, model, shapes, self._progress)
+
+    def finish(self, document: dict[str, Any]) -> None:
+        """Takes the result, to be rendered when the work is over."""
+        if self._html is not None:
+            from renormify import reporting
+            from renormify.outputs import staged
+
+            parts = reporting.sections(document, full=True)
+            page = reporting.html_page(parts, title=f"renormify {document['command']}")
+            with staged(self._html, force=self._force) as target:
+                target.write_text(page, encoding="utf-8")
+        self._finished = document
+
+    def _check_page(self, output: Path | None, inputs: list[Path]) -> None:
+        from renormify import reporting
+        from renormify.outputs import check_output
+
+        assert self._html is not None
+        if output is not None and self._html.resolve() == output.resolve():
+            raise InputError(f"--html {self._html} is the output itself; give another name")
+        check_output(self._html, force=self._force, inputs=inputs)
+        reporting.html_page(())  # says now, not after the work, that jinja2 is missing
+
+    def render(self) -> None:
+        """Prints the result.
+
+        Raises:
+            typer.Exit: with code 1 where the proof failed.
+        """
+        from renormify import reporting
+
+        if self._finished is None:
+            return
+        document = self._finished
+        if self._as_json:
+            _print(reporting.to_json(document))
+        else:
+            terminal = console()
+            reporting.print_sections(terminal, reporting.sections(document, full=self._full))
+            for path in (document.get("output"), self._html):
+                if path is not None:
+                    terminal.print(f"Wrote {path}", soft_wrap=True)
+        if not document["passed"]:
+            consequence = "; nothing was written" if "output" in document else ""
+            raise typer.Exit(fail(f"{document['reason']}{consequence}", 1))
+
+
+@contextlib.contextmanager
+def session_of(
+    as_json: bool, html: Path | None, *, full: bool = False, force: bool = False
+) -> Iterator[Session]:
+    """The session of a command; it is rendered when the block is left without an error."""
+    with contextlib.ExitStack() as stack:
+        # Whatever a user's factory or an exporter prints must not mix with the document.
+        stack.enter_context(_stdout_to_stderr())
+        stack.enter_context(quiet_warnings())
+        session = Session(as_json, html, full, force, stack.enter_context(_progress(as_json)))
+        yield session
+    session.render()
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    # Of the process too, and not of Python alone: a user's factory may start other programs.
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def open_standard_streams() -> None:
+    """Gives the process the standard streams that it was started without."""
+    # Where one is closed, the next file that is opened would take its place, and get what is printed.
+    for stream in (0, 1, 2):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def discard_unwritable() -> None:
+    """Lets go of what stdout does not take, which Python would try once more at its end and complain of."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _progress(as_json: bool) -> Iterator[Callable[[str], None]]:
+    if as_json or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status("Starting") as status:
+        yield lambda text: status.update(escape(text))
+
+
+@contextlib.contextmanager
+def quiet_warnings() -> Iterator[None]:
+    """Shows our own warnings, each on one line, and those that the user asked for."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:  # with -W or PYTHONWARNINGS the user sees what he asked for
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", RenormifyWarning)
+        warnings.showwarning = _show_warning  # catch_warnings() puts the old one back
+        yield
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"renormify: warning: {_printable(str(message))}", file=sys.stderr)
+
+
+def console() -> Console:
+    """A terminal on stdout, in which names are text and never markup."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise typer.Exit(141)
+
+    # In a pipe there is no width to keep to, and a broken line is hard to search.
+    return Plain(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nobody reads it any more, which is no failure of the proof
+        raise typer.Exit(141) from None
+
+
+def fail(message: str, code: int) -> int:
+    """Prints the one line of an error, and returns the exit code."""
+    print(f"renormify: error: {_printable(message)}", file=sys.stderr)
+    return code
+
+
+def _printable(message: str) -> str:
+    # One line; and a file's name may hold anything, but must not steer the terminal.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
