@@ -23,7 +23,7 @@ test: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2
 
 bench: $(VENV)/.bench-installed
 	$(BIN)/python tests/bench/bench_layers.py

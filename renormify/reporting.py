@@ -199,6 +199,7 @@ def _parity(parity: Mapping[str, Any]) -> Section:
             str(record["name"]),
             str(record["batch_size"]),
             *(_number(record.get(key)) for key in ("max_abs", "max_rel", "floor", "tolerance")),
+            "-" if record.get("tolerance_used") is None else f"{record['tolerance_used']:.0%}",
             "ok" if record["passed"] else "FAILED",
         )
         for record in outputs
@@ -208,7 +209,7 @@ def _parity(parity: Mapping[str, Any]) -> Section:
         if parity["passed"]
         else f"{len(failed)} of {len(outputs)} comparisons failed"
     )
-    headers = ("output", "batch", "max abs", "max rel", "float noise", "tolerance", "result")
+    headers = ("output", "batch", "max abs", "max rel", "float noise", "tolerance", "used", "result")
     return Section("Parity", summary, bool(parity["passed"]), headers=headers, rows=rows, notes=tuple(notes))
 
 

@@ -414,7 +414,7 @@ def test_a_type_that_onnxruntime_does_not_run(dtype: torch.dtype, tmp_path: Path
         assert record.passed or record.reason.startswith("onnxruntime cannot run the file")
 
 
-# Issue: the tolerance of one output was that of its largest channel.
+# the tolerance of one output was that of its largest channel.
 @pytest.mark.parametrize("rank", [2, 3, 4])
 def test_a_small_channel_beside_a_large_one(rank: int, tmp_path: Path) -> None:
     model = (nn.Linear(27, 2), nn.Conv1d(3, 2, 3), nn.Conv2d(3, 2, 3))[rank - 2]

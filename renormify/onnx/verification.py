@@ -41,7 +41,8 @@ class OutputParity:
         max_rel: ``max_abs`` relative to the largest absolute value of the float64 output.
         floor: the largest absolute difference between torch's own forward and the float64 model's, over all
             batch sizes; None without a float64 model, and for what is no float.
-        tolerance: the absolute difference allowed, at the element that is nearest to it or farthest beyond.
+        tolerance: the absolute difference allowed, at the element of ``max_abs``; channels have their own.
+        tolerance_used: the largest share of its tolerance that any element takes; above 1 where one fails.
         top1: for outputs of rank 2, the share of rows whose largest entry is where torch has it.
         passed: whether it is the same output, up to float noise or to the tolerance that was given.
         reason: why not, in words; empty where it passed.
@@ -55,6 +56,7 @@ class OutputParity:
     max_rel: float | None
     floor: float | None
     tolerance: float | None
+    tolerance_used: float | None
     top1: float | None
     passed: bool
     reason: str
@@ -206,7 +208,7 @@ def _judge(
 def _failure(
     name: str, size: int, runtime: str, reason: str, shape: tuple[int, ...] | None = None
 ) -> OutputParity:
-    return OutputParity(name, size, runtime, shape, None, None, None, None, None, False, reason)
+    return OutputParity(name, size, runtime, shape, None, None, None, None, None, None, False, reason)
 
 
 def _compare(
@@ -255,7 +257,10 @@ def _compare(
         reason = noise.spread_beyond(difference, ours - truth)
     max_abs = float(difference.max()) if difference.numel() else 0.0
     largest = float(truth.abs().max()) if truth.numel() else 0.0
-    nearest = int((difference - tolerance).flatten().argmax()) if difference.numel() else None
+    largest_at = int(difference.flatten().argmax()) if difference.numel() else None
+    # 0 of a tolerance of 0 is none of it.
+    shares = (difference / tolerance).nan_to_num(nan=0.0).flatten()
+    used = float(shares.max()) if shares.numel() else 0.0
     return OutputParity(
         name=name,
         batch_size=size,
@@ -264,7 +269,8 @@ def _compare(
         max_abs=max_abs if math.isfinite(max_abs) else None,
         max_rel=max_abs / largest if largest > 0.0 and math.isfinite(max_abs / largest) else None,
         floor=None if noise is None else noise.floor,
-        tolerance=0.0 if nearest is None else float(tolerance.flatten()[nearest]),
+        tolerance=0.0 if largest_at is None else float(tolerance.flatten()[largest_at]),
+        tolerance_used=used if math.isfinite(used) else None,
         top1=_top1(theirs, ours),
         passed=not reason,
         reason=reason,
