@@ -107,8 +107,10 @@ def measure(own: list[Tensor], truth: list[Tensor] | None) -> Noise:
     typical = (errors.square().sum(1) / count.clamp(min=1.0)).sqrt()
     beyond = (count * (CHANCE ** (-2.0 / count.clamp(min=1.0)) - 1.0)).sqrt()
     own_allowance = torch.maximum(beyond * typical, NOISE_FACTOR * floors) + NOISE_ULPS * ulps
-    # A channel without noise is judged by the others', and none more loosely than by the largest.
+    # A channel without noise is judged by the others', and none more loosely than by the largest. The rows of
+    # one column err alike, so by luck a column may show little: noise in proportion to its size is granted.
     whole = NOISE_FACTOR * whole_floor + NOISE_ULPS * whole_ulp
+    own_allowance = own_allowance.maximum(whole * _largest(values) / max(whole_largest, 1e-300))
     allowed = torch.where(count > 0.0, own_allowance, math.inf).clamp(max=whole)
     spread = torch.cat(
         [
