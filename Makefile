@@ -13,7 +13,7 @@ define environment
 	$(PYTHON) -m venv --clear $(VENV); }
 endef
 
-.PHONY: demo test bench clean stale
+.PHONY: demo test bench zoo clean stale
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/renormify demo --output demo-output
@@ -27,6 +27,10 @@ test: $(VENV)/.dev-installed
 
 bench: $(VENV)/.bench-installed
 	$(BIN)/python tests/bench/bench_layers.py
+
+# Long, and resumable: what was judged already, with the same code, is not judged again.
+zoo: $(VENV)/.dev-installed
+	PYTHONPATH=tests $(BIN)/python -m zoo
 
 # A stamp older than what it was made from, or none, means an environment that may be out of date.
 $(VENV)/.demo-installed: pyproject.toml Makefile $(STALE)

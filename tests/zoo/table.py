@@ -1,0 +1,62 @@
+"""RESULTS.md: the totals, and every model below 100 % with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from zoo.ledger import shortfall, totals, versions, whole
+
+Record = dict[str, Any]
+PARTS = {
+    "meta": "On the meta device: every site accounted for, nothing else touched",
+    "numbers": "With numbers: evaluation bit for bit, a training step by the paper's rule, and back",
+}
+
+
+def markdown(records: dict[str, list[Record]]) -> str:
+    """The whole page, of the records of each part."""
+    got = ", ".join(f"{name} {version}" for name, version in versions().items())
+    lines = [
+        "# The zoo",
+        "",
+        "Every model of torchvision and timm with BatchNorm, as `make zoo` found it. How it is judged stands in",
+        f"tests/zoo/structure.py and tests/zoo/behaviour.py. {got}.",
+    ]
+    for part, title in PARTS.items():
+        if records.get(part):
+            lines += ["", f"## {title}", "", *_totals(records[part]), "", *_below(records[part])]
+    return "\n".join(lines) + "\n"
+
+
+def _totals(records: Iterable[Record]) -> list[str]:
+    lines = [
+        "| library | models | at 100 % | failed | not judged | sites | converted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for library, n in sorted(totals(records).items()):
+        numbers = (n["models"], n["whole"], n["fail"], n["unfit"], n["sites"], n["converted"])
+        lines.append(f"| {library} | " + " | ".join(map(str, numbers)) + " |")
+    return lines
+
+
+def _below(records: Iterable[Record]) -> list[str]:
+    """Those below 100 %, grouped by reason, and those with a remark."""
+    judged = sorted((r for r in records if r["outcome"] != "none"), key=lambda record: record["model"])
+    reasons = [(r["model"], "; ".join(shortfall(r))) for r in judged if not whole(r)]
+    remarks = [(r["model"], note) for r in judged for note in r.get("notes", ())]
+    lines = ["Below 100 %:", ""] if reasons else ["None is below 100 %."]
+    lines += _grouped(reasons)
+    return (
+        [*lines, "", "Remarks, not of the conversion's making:", "", *_grouped(remarks)] if remarks else lines
+    )
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for model, reason in pairs:
+        groups.setdefault(reason, []).append(model)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [
+        f"- {' '.join(reason.split())} ({len(models)}): {', '.join(models)}" for reason, models in ordered
+    ]
