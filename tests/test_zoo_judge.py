@@ -186,7 +186,7 @@ def raise_in_training(model: nn.Module) -> None:
         (bake_dropout, "modes: the original's dropout is gone from training"),
         (shift_training, "modes: with r = 1, d = 0 training differs from the original's by 0.0"),
         (shift_evaluation, "evaluation: converted differs from the original, by 0."),
-        (average_the_variance, "statistics: 3 of 4 layers moved their statistics by BatchNorm's rule, with mom"),
+        (average_the_variance, "statistics: 3 of 4 layers moved their statistics by BatchNorm's rule"),
         (freeze, "statistics: 3 of 4 layers did not move their statistics: auxiliary.1, norm, stem.1"),
         (halve_momentum, "statistics: 3 of 4 layers moved their statistics neither by Batch Renorm's"),
         (miscount, "statistics: 1 of 4 layers miscounted their batches: norm"),

@@ -142,9 +142,9 @@ def _smallest(
 def _observe(model: nn.Module, sites: dict[str, nn.Module], call: Call, verdict: Verdict) -> Original:
     state = _state_of(model)
     kinds = [(name, type(module)) for name, module in model.named_modules()]
-    training, learning, finite = _step(model, call)
+    learning, finite = _step(model, call)
+    training, again = (_forward(model, call, training=True) for _ in range(2))
     stochastic = not _same(training, _forward(model, call, training=True, seed=2))
-    again = _forward(model, call, training=True)
     noise = _distance(_forward(model, _shaken(call), training=True), training)
     _load(model, state)
     evaluation = _forward(model, call, training=False)
@@ -235,7 +235,7 @@ def _check_step(model: nn.Module, original: Original, names: tuple[str, ...], ve
         result = _tried(lambda: _step(model, original.call), verdict, "converted, a training step")
     if result is None:
         return
-    _, learning, finite = result
+    learning, finite = result
     verdict.require(finite or not original.finite, "training: inf or NaN in outputs or gradients")
     verdict.require(
         original.learning <= learning, f"training: no gradient at {listed(original.learning - learning)}"
@@ -312,8 +312,8 @@ def _tried(action: Callable[[], Any], verdict: Verdict, what: str) -> Any:
         return None
 
 
-def _step(model: nn.Module, call: Call) -> tuple[list[Tensor], frozenset[str], bool]:
-    """One forward and backward: the outputs, which parameters got a gradient, whether all is finite."""
+def _step(model: nn.Module, call: Call) -> tuple[frozenset[str], bool]:
+    """One forward and backward: which parameters got a gradient, and whether all is finite."""
     with torch.enable_grad():
         outputs = _outputs(model, call, training=True, seed=1)
         loss = sum(out.float().square().mean() for out in outputs if out.requires_grad and out.numel())
@@ -321,7 +321,7 @@ def _step(model: nn.Module, call: Call) -> tuple[list[Tensor], frozenset[str], b
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     finite = _finite(outputs) and _finite(list(gradients.values()))
     model.zero_grad(set_to_none=True)
-    return [output.detach() for output in outputs], frozenset(gradients), finite
+    return frozenset(gradients), finite
 
 
 def _forward(model: nn.Module, call: Call, *, training: bool, seed: int = 1) -> list[Tensor]:

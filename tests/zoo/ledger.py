@@ -13,6 +13,7 @@ from typing import Any
 
 Record = dict[str, Any]
 LIBRARIES = ("torch", "torchvision", "timm")
+PRESENTATION = ("zoo.ledger", "zoo.table")
 HERE = Path(__file__).parent
 
 
@@ -28,7 +29,9 @@ def fingerprint() -> str:
     files = {
         Path(module.__file__)
         for name, module in sorted(sys.modules.items())
-        if name.partition(".")[0] in ("renormify", "zoo") and getattr(module, "__file__", None)
+        if name.partition(".")[0] in ("renormify", "zoo")
+        and name not in PRESENTATION
+        and getattr(module, "__file__", None)
     }
     content = b"".join(file.read_bytes() for file in sorted(files))
     return hashlib.sha256(json.dumps(versions()).encode() + content).hexdigest()[:12]

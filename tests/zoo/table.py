@@ -20,7 +20,7 @@ def markdown(records: dict[str, list[Record]]) -> str:
     lines = [
         "# The zoo",
         "",
-        "Every model of torchvision and timm with BatchNorm, as `make zoo` found it. How it is judged stands in",
+        "Every model of torchvision and timm with BatchNorm, as `make zoo` found it. How it is judged is in",
         f"tests/zoo/structure.py and tests/zoo/behaviour.py. {got}.",
     ]
     for part, title in PARTS.items():
