@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zoo.census import Calls, census
-from zoo.moments import Batch, State, complaint, recorded
+from zoo.moments import Batch, State, can_tell, complaint, recorded
 from zoo.structure import attempt, compare_keys, first_line
 from zoo.verdicts import Call, Converter, Subject, Verdict, listed
 
@@ -242,16 +242,18 @@ def _check_step(model: nn.Module, original: Original, names: tuple[str, ...], ve
     )
     state = model.state_dict()
     complaints: dict[str, list[str]] = {}
-    used, worst = 0, 0.0
+    used, worst, blind = 0, 0.0, 0
     for name in names:
         seen = batches.get(name, []) if layers[name].training else []
         used += bool(seen)
-        said, away = _complaint_of(name, original, state, seen)
-        worst = max(worst, away)
+        said, away, shown = _complaint_of(name, original, state, seen)
+        worst, blind = max(worst, away), blind + (not shown)
         if said:
             complaints.setdefault(said, []).append(name)
     verdict.facts["used in training"] = used
     verdict.facts["share of the rounding"] = round(worst, 3)
+    if blind:
+        verdict.notes.append(f"{blind} of {used} layers got batches that cannot tell Batch Renorm's rule")
     for said, where in complaints.items():
         verdict.failures.append(f"statistics: {len(where)} of {len(names)} layers {said}: {listed(where)}")
     output = _tried(
@@ -264,16 +266,19 @@ def _check_step(model: nn.Module, original: Original, names: tuple[str, ...], ve
         verdict.require(both, "evaluation: after training it is not finite")
 
 
-def _complaint_of(name: str, original: Original, state: StateDict, seen: list[Batch]) -> tuple[str, float]:
+def _complaint_of(
+    name: str, original: Original, state: StateDict, seen: list[Batch]
+) -> tuple[str, float, bool]:
+    """What is wrong with a layer's statistics, its deviation, and whether the batches could show it."""
     if not all(batch.finite and batch.count > 1 for batch in seen):
-        return "", 0.0  # the paper's rule has nothing to say
+        return "", 0.0, False  # the paper's rule has nothing to say
     eps, momentum = original.constants[name]
     before, found = State.of(original.state, name), State.of(state, name)
     said, away = complaint(found, before, seen, eps, MOMENTUM, momentum)
     key = f"{name}.num_batches_tracked" if name else "num_batches_tracked"
     if not said and key in state and int(state[key] - original.state[key]) != len(seen):
         said = "miscounted their batches"
-    return said, away
+    return said, away, not seen or can_tell(before, seen, eps, MOMENTUM, momentum)
 
 
 def _check_original(original: Original, converted: nn.Module, verdict: Verdict) -> None:

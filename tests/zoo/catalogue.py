@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import regnet
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from zoo.verdicts import Call, Subject
@@ -77,7 +78,9 @@ def _torchvision(name: str) -> nn.Module:
         if hasattr(module, "score_thresh"):
             module.score_thresh = 0.0  # a random network is sure of nothing, and nothing would be compared
         if hasattr(module, "detections_per_img"):
-            module.detections_per_img = 10
+            module.detections_per_img = 10  # and few of them, for each costs a head's forward
+        if isinstance(module, RegionProposalNetwork):
+            module._post_nms_top_n = {"training": 50, "testing": 50}
     return model
 
 

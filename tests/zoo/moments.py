@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROUNDING = 64 * torch.finfo(torch.float32).eps
+ROUNDING = 8 * torch.finfo(torch.float32).eps
 """Of a float32 mean or deviation, as a share of the values that went into it."""
 
 
@@ -99,6 +99,18 @@ def deviation(found: State, due: State, before: State, batches: list[Batch], eps
         size = size + batch.mean.abs() + (batch.var + eps).sqrt()
     distance = torch.maximum((found.mean - due.mean).abs(), (sigma - due_sigma).abs())
     return float((distance / (ROUNDING * size)).nan_to_num(torch.inf).max())
+
+
+def can_tell(
+    before: State, batches: list[Batch], eps: float, alpha: float, own_momentum: float | None
+) -> bool:
+    """Whether these batches tell the paper's rule from BatchNorm's, with either momentum."""
+    ours = renorm_rule(before, batches, eps, alpha)
+    momenta = [momentum for momentum in (own_momentum, alpha) if momentum is not None]
+    return all(
+        deviation(ours, batchnorm_rule(before, batches, momentum), before, batches, eps) > 1
+        for momentum in momenta
+    )
 
 
 def complaint(
