@@ -20,6 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from zoo.behaviour import examine_behaviour
 from zoo.census import Calls, census
 from zoo.ledger import Ledger, shortfall, totals, whole
+from zoo.moments import State, batch_of, can_tell
 from zoo.structure import examine_structure
 from zoo.table import markdown
 from zoo.verdicts import Subject, Verdict
@@ -339,6 +340,15 @@ def test_two_values_per_channel_obey_the_rule():
         assert not examine_behaviour(subject, renormify).failures
 
 
+def test_a_batch_that_is_what_was_expected_tells_no_rule_from_another():
+    values = torch.randn(4, 3, 5, 5)
+    batch = batch_of(values)
+    assert can_tell(State(batch.mean, batch.var * 2), [batch], 1e-5, 0.25, 0.1)
+    assert not can_tell(State(batch.mean, batch.var), [replace(batch, count=10**9)], 1e-5, 0.25, 0.1)
+    assert torch.allclose(batch.mean, values.double().mean((0, 2, 3)), rtol=1e-12)
+    assert torch.allclose(batch.unbiased, values.double().var((0, 2, 3)), rtol=1e-12)
+
+
 def test_the_walk_finds_every_kind_once_and_no_instance_norm():
     shared = nn.BatchNorm2d(3)
     model = nn.ModuleDict({
@@ -404,10 +414,13 @@ def test_the_table_names_every_model_below_all_with_its_reason():
     ]  # fmt: skip
     counted = totals(records)
     assert counted["timm"] == Counter(models=3, whole=1, **{"pass": 3}, sites=7, converted=5)
-    page = markdown({"meta": records})
+    page = markdown({"meta": records, "numbers": []}, 8)
     assert "| timm | 3 | 1 | 0 | 0 | 7 | 5 |" in page
     assert "| torchvision | 2 | 0 | 1 | 1 | 2 | 1 |" in page
     assert "- 1 skipped: for a reason (2): timm:half, timm:half_too\n" in page
     assert "- evaluation: differs (1): torchvision:bad\n" in page
     assert "- slow (1): timm:half\n" in page
     assert "bare" not in page
+    assert "2 models have not been examined yet" in page
+    assert "With numbers" not in page
+    assert "None is below 100 %." in markdown({"numbers": records[:1]}, 1)

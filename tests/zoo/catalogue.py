@@ -78,9 +78,9 @@ def _torchvision(name: str) -> nn.Module:
         if hasattr(module, "score_thresh"):
             module.score_thresh = 0.0  # a random network is sure of nothing, and nothing would be compared
         if hasattr(module, "detections_per_img"):
-            module.detections_per_img = 10  # and few of them, for each costs a head's forward
+            module.detections_per_img = 3  # but little, for each costs a head's forward
         if isinstance(module, RegionProposalNetwork):
-            module._post_nms_top_n = {"training": 50, "testing": 50}
+            module._post_nms_top_n = {"training": 10, "testing": 10}
     return model
 
 

@@ -14,8 +14,8 @@ PARTS = {
 }
 
 
-def markdown(records: dict[str, list[Record]]) -> str:
-    """The whole page, of the records of each part."""
+def markdown(records: dict[str, list[Record]], models: int) -> str:
+    """The whole page, of the records of each part; ``models`` is how many there should be in each."""
     got = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
         "# The zoo",
@@ -25,7 +25,10 @@ def markdown(records: dict[str, list[Record]]) -> str:
     ]
     for part, title in PARTS.items():
         if records.get(part):
-            lines += ["", f"## {title}", "", *_totals(records[part]), "", *_below(records[part])]
+            lines += ["", f"## {title}", "", *_totals(records[part]), ""]
+            if due := models - len(records[part]):
+                lines += [f"{due} models have not been examined yet, some without BatchNorm.", ""]
+            lines += _below(records[part])
     return "\n".join(lines) + "\n"
 
 
