@@ -129,6 +129,10 @@ def rename(model: nn.Module) -> None:
     model.norm = model.norm_
 
 
+def lose_versions(model: nn.Module) -> None:
+    model.head._version = 7
+
+
 def bake_dropout(model: nn.Module) -> None:
     model.drop.forward = lambda input: input
 
@@ -184,6 +188,7 @@ def raise_in_training(model: nn.Module) -> None:
         (nudge, "convert: changed the values of conv.weight"),
         (reorder, "state dict: its keys come in another order"),
         (rename, "state dict: its keys differ at norm_.bias, norm_.num_batches_tracked, norm_.run"),
+        (lose_versions, "state dict: its versions differ"),
         (bake_dropout, "modes: the original's dropout is gone from training"),
         (shift_training, "modes: with r = 1, d = 0 training differs from the original's by 0.0"),
         (shift_evaluation, "evaluation: converted differs from the original, by 0."),

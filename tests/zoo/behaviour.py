@@ -77,6 +77,8 @@ def _check_state(model: nn.Module, original: Original, verdict: Verdict, what: s
         key for key, value in original.state.items() if key in state and not same([value], [state[key]])
     ]
     verdict.require(not changed, f"{what}: changed the values of {listed(changed)}")
+    versions = getattr(original.state, "_metadata", None)
+    verdict.require(getattr(state, "_metadata", None) == versions, "state dict: its versions differ")
     return set(state) == set(original.state)
 
 

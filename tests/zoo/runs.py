@@ -46,7 +46,11 @@ def seed_all(seed: int) -> None:
 
 
 def state_of(model: nn.Module) -> StateDict:
-    return {key: value.clone() for key, value in model.state_dict().items()}
+    """A copy of the state, with the versions of its modules, which some ask for when they load it."""
+    state: StateDict = model.state_dict()
+    for key, value in state.items():
+        state[key] = value.clone()
+    return state
 
 
 def restore(model: nn.Module, state: StateDict) -> None:

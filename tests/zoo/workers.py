@@ -22,7 +22,7 @@ import renormify
 from zoo.behaviour import COPIED, examine_behaviour
 from zoo.catalogue import subject
 from zoo.census import census
-from zoo.structure import examine_structure
+from zoo.structure import examine_structure, first_line
 from zoo.verdicts import Verdict
 
 GIB = 1 << 30
@@ -107,9 +107,9 @@ def _work(connection: Connection, part: str, name: str, memory: float) -> None:
         verdict = EXAMINERS[part](subject(name), renormify) if verdict is None else verdict
     except Exception as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
-            connection.send(
-                {"model": name, "outcome": "fail", "failures": [f"judge: {traceback.format_exc()}"]}
-            )
+            said = f"judge: {type(error).__name__}: {first_line(error)}"
+            facts = {"traceback": traceback.format_exc()}
+            connection.send({"model": name, "outcome": "fail", "failures": [said], "facts": facts})
             return
         verdict = Verdict(unfit=f"needs more than {memory:g} GiB")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
