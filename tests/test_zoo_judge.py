@@ -422,7 +422,7 @@ def test_the_table_names_every_model_below_all_with_its_reason():
     page = markdown({"meta": records, "numbers": []}, 8)
     assert "| timm | 3 | 1 | 0 | 0 | 7 | 5 |" in page
     assert "| torchvision | 2 | 0 | 1 | 1 | 2 | 1 |" in page
-    assert "- 1 skipped: for a reason (2): timm:half, timm:half_too\n" in page
+    assert "- skipped: for a reason (2): timm:half 1/2, timm:half_too 1/2\n" in page
     assert "- evaluation: differs (1): torchvision:bad\n" in page
     assert "- slow (1): timm:half\n" in page
     assert "bare" not in page

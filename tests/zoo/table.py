@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from zoo.ledger import shortfall, totals, versions, whole
+from zoo.ledger import totals, versions, whole
 
 Record = dict[str, Any]
 PARTS = {
@@ -46,13 +46,21 @@ def _totals(records: Iterable[Record]) -> list[str]:
 def _below(records: Iterable[Record]) -> list[str]:
     """Those below 100 %, grouped by reason, and those with a remark."""
     judged = sorted((r for r in records if r["outcome"] != "none"), key=lambda record: record["model"])
-    reasons = [(r["model"], "; ".join(shortfall(r))) for r in judged if not whole(r)]
+    reasons = [(label, text) for r in judged if not whole(r) for label, text in _reasons(r)]
     remarks = [(r["model"], note) for r in judged for note in r.get("notes", ())]
     lines = ["Below 100 %:", ""] if reasons else ["None is below 100 %."]
     lines += _grouped(reasons)
     return (
         [*lines, "", "Remarks, not of the conversion's making:", "", *_grouped(remarks)] if remarks else lines
     )
+
+
+def _reasons(record: Record) -> list[tuple[str, str]]:
+    """What the model is to be listed under, and how."""
+    name, sites = record["model"], record.get("sites", 0)
+    plain = [(name, text) for text in (*record.get("failures", ()), record.get("unfit", "")) if text]
+    skipped = record.get("skipped", {}).items()
+    return plain + [(f"{name} {count}/{sites}", f"skipped: {reason}") for reason, count in skipped]
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> list[str]:
