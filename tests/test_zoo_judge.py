@@ -293,6 +293,23 @@ def test_a_model_that_is_kept_alive_fails():
     gc.collect()
 
 
+def test_a_converter_that_raises_fails_with_its_word():
+    def convert(model: nn.Module, **options: Any) -> Any:
+        raise NotImplementedError("not yet\nat all")
+
+    for examine in (examine_structure, examine_behaviour):
+        verdict = examine(SUBJECT, SimpleNamespace(convert=convert, revert=renormify.revert))
+        assert verdict.failures == ["convert: NotImplementedError: not yet"]
+
+
+def test_a_model_with_nothing_to_convert_is_booked_with_its_reasons():
+    subject = replace(SUBJECT, build=lambda: nn.Sequential(nn.Conv2d(3, 3, 1), FrozenBatchNorm2d(3)))
+    for examine in (examine_structure, examine_behaviour):
+        verdict = examine(subject, renormify)
+        assert not verdict.failures
+        assert (verdict.sites, verdict.converted, list(verdict.skipped.values())) == (1, 0, [1])
+
+
 def test_a_large_model_is_converted_in_place(monkeypatch):
     monkeypatch.setattr("zoo.behaviour.COPIED", 0)
     monkeypatch.setattr(copy, "deepcopy", None)

@@ -122,4 +122,11 @@ def observe(model: nn.Module, sites: dict[str, nn.Module], call: Call, verdict: 
 
 
 def _shaken(call: Call) -> Call:
-    return tree_map_only(Tensor, lambda t: t * (1 + 2**-22) if t.is_floating_point() else t, call)
+    """The same inputs but for their last bits, up or down at random: a change of scale BatchNorm undoes."""
+
+    def shake(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor * (1 + torch.randn_like(tensor).sign() * 2**-22)
+
+    return tree_map_only(Tensor, shake, call)

@@ -67,7 +67,7 @@ class Verdict:
         """Takes a report into the books, holding it against the walk; returns what it says is converted."""
         self.sites = len(sites)
         if report is None:
-            self.require(not sites, "sites: nothing is reported")
+            self.require(not sites or bool(self.failures), "sites: nothing is reported")
             return ()
         names = Counter(site.name for site in report.sites)
         self.require(not (lost := set(sites) - set(names)), f"sites: not reported: {listed(lost)}")
