@@ -188,7 +188,7 @@ def raise_in_training(model: nn.Module) -> None:
         (nudge, "convert: changed the values of conv.weight"),
         (reorder, "state dict: its keys come in another order"),
         (rename, "state dict: its keys differ at norm_.bias, norm_.num_batches_tracked, norm_.run"),
-        (lose_versions, "state dict: its versions differ"),
+        (lose_versions, "state dict: another version at head"),
         (bake_dropout, "modes: the original's dropout is gone from training"),
         (shift_training, "modes: with r = 1, d = 0 training differs from the original's by 0.0"),
         (shift_evaluation, "evaluation: converted differs from the original, by 0."),

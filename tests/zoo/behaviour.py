@@ -77,8 +77,9 @@ def _check_state(model: nn.Module, original: Original, verdict: Verdict, what: s
         key for key, value in original.state.items() if key in state and not same([value], [state[key]])
     ]
     verdict.require(not changed, f"{what}: changed the values of {listed(changed)}")
-    versions = getattr(original.state, "_metadata", None)
-    verdict.require(getattr(state, "_metadata", None) == versions, "state dict: its versions differ")
+    versions, now = (getattr(keys, "_metadata", {}) for keys in (original.state, state))
+    other = [name for name, version in versions.items() if now.get(name) != version]
+    verdict.require(not other, f"state dict: another version at {listed(other)}")
     return set(state) == set(original.state)
 
 
