@@ -17,16 +17,27 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "AnyBatchRenorm",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
     "Renormalised",
     "is_batch_renorm",
+    "is_proxy",
+    "kept_whole",
 ]
 
 
-def _is_proxy(input: object) -> bool:
-    return isinstance(input, torch.fx.Proxy)
+def is_proxy(*inputs: object) -> bool:
+    """Whether an FX tracer is asking."""
+    return any(isinstance(input, torch.fx.Proxy) for input in inputs)
+
+
+def kept_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """One node for the module, whatever the tracer, so that train() and eval() keep their meaning."""
+    tracer = next(value for value in (*args, *kwargs.values()) if is_proxy(value)).tracer
+    path = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", path, args, kwargs)  # type: ignore[no-any-return]
 
 
 class Renormalised(nn.Module):
@@ -227,12 +238,8 @@ class _BatchRenorm(Renormalised, _NormBase):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalises ``input``; see :func:`renormify.functional.batch_renorm` for ``mask``."""
-        if _is_proxy(input):
-            # Any FX tracer keeps the layer whole, so that train() and eval() keep their meaning.
-            tracer: Any = input.tracer  # type: ignore[attr-defined]
-            path = tracer.path_of_module(self)
-            args = (input,) if mask is None else (input, mask)
-            return tracer.create_proxy("call_module", path, args, {})  # type: ignore[no-any-return]
+        if is_proxy(input):
+            return kept_whole(self, *((input,) if mask is None else (input, mask)))
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training:
             return self.renormalise(input, self.weight, self.bias, mask)
@@ -302,6 +309,14 @@ def _documented(dims: str, shape: str, example: str) -> Callable[[type], type]:
 def is_batch_renorm(module: nn.Module) -> TypeGuard[Renormalised]:
     """Whether a module is a Batch Renorm layer, or one that was given its ways."""
     return isinstance(module, Renormalised)
+
+
+class AnyBatchRenorm(_BatchRenorm):
+    """Takes any input of two dimensions or more: for classes that check their input themselves."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
 @_documented("2D or 3D", ":math:`(N, C)` or :math:`(N, C, L)`", "20, 100")
