@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from renormify import errors, functional, onnx
     from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-    from renormify.rewriting import Conversion, SiteReport, convert, renormify, revert
-    from renormify.sync import SyncBatchRenorm, convert_sync
+    from renormify.rewriting import (
+        Conversion,
+        SiteReport,
+        convert,
+        convert_sync,
+        register_rule,
+        renormify,
+        revert,
+    )
+    from renormify.sync import SyncBatchRenorm
 
 __all__ = [
     "BatchRenorm1d",
@@ -27,6 +35,7 @@ __all__ = [
     "errors",
     "functional",
     "onnx",
+    "register_rule",
     "renormify",
     "revert",
 ]
@@ -41,7 +50,8 @@ _HOME = {
     "SiteReport": "rewriting",
     "SyncBatchRenorm": "sync",
     "convert": "rewriting",
-    "convert_sync": "sync",
+    "convert_sync": "rewriting",
+    "register_rule": "rewriting",
     "renormify": "rewriting",
     "revert": "rewriting",
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from renormify.kernels import per_channel, positions, scale_and_shift
+from renormify.kernels import Record, per_channel, positions, scale_and_shift
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,22 +40,18 @@ def transform_joined(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    r: Tensor,
-    d: Tensor,
+    record: Record,
     eps: float,
     mask: Tensor | None,
-    m: Tensor,
     group: ProcessGroup,
 ) -> Tensor:
-    """As :func:`renormify.kernels.transform`, with the statistics and the number ``m`` of the joined batch.
+    """As :func:`renormify.kernels.transform`, with the record of the joined batch.
 
     The gradients of weight and bias are those of this process's share of the loss, as in
     :class:`torch.nn.SyncBatchNorm`.
     """
     return _JoinedTransform.apply(  # type: ignore[no-any-return]
-        input, weight, bias, mean, var, r, d, eps, mask, m, group
+        input, weight, bias, record, eps, mask, group
     )
 
 
@@ -66,20 +62,17 @@ class _JoinedTransform(torch.autograd.Function):
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        r: Tensor,
-        d: Tensor,
+        record: Record,
         eps: float,
         mask: Tensor | None,
-        m: Tensor,
         group: ProcessGroup,
     ) -> Tensor:
+        mean, var, invstd, r, d, m = record
         if mask is not None:
             input = input.masked_fill(~positions(mask, input), 0)
-        ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt(), r, d, mask, m)
+        ctx.save_for_backward(input, weight, mean, invstd, r, d, mask, m)
         ctx.group = group
-        output = F.batch_norm(input, mean, var, *scale_and_shift(weight, bias, r, d), False, 0.0, eps)
+        output = F.batch_norm(input, mean, var, *scale_and_shift(weight, bias, record), False, 0.0, eps)
         return output if mask is None else output.masked_fill(~positions(mask, input), 0)
 
     @staticmethod
@@ -105,4 +98,4 @@ class _JoinedTransform(torch.autograd.Function):
             grad_input = grad_input.masked_fill(~positions(mask, input), 0)
         _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_weight = torch.addcmul(r * grad_scale, d, grad_shift) if needs_weight else None
-        return grad_input.to(input.dtype), grad_weight, grad_shift if needs_bias else None, *(None,) * 8
+        return grad_input.to(input.dtype), grad_weight, grad_shift if needs_bias else None, *(None,) * 4

@@ -25,7 +25,7 @@ from renormify.errors import CheckpointError, InputError, NothingToConvertError
 from renormify.outputs import check_output, staged
 from renormify.proof import example_inputs, prove_unchanged, run
 from renormify.rewriting import Conversion, convert
-from renormify.rules import Settings
+from renormify.settings import Settings
 
 if TYPE_CHECKING:
     from renormify.onnx import Parity

@@ -17,22 +17,15 @@ is written in public operations.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from renormify.collectives import join_statistics, transform_joined
-from renormify.kernels import all_finite, batch_statistics, positions, transform
-from renormify.replay import (
-    Record,
-    find_record,
-    kept_minimum,
-    may_be_replayed,
-    remember,
-    unseen_by_policies,
-)
+from renormify.kernels import Record, are_finite, batch_statistics, native_kernels_serve, positions, transform
+from renormify.replay import find_record, kept_minimum, may_be_replayed, remember, unseen_by_policies
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,88 +100,144 @@ def batch_renorm(
         RuntimeError: for statistics, weight or bias whose size is not the number of channels.
     """
     _check(input, running_mean, running_var, weight, bias, r_max, d_max, stat, eps)
-    group = _group_to_join(process_group) if training else None
+    group = _group_to_join(process_group) if training and process_group is not None else None
     if not training or (input.numel() == 0 and group is None):
         return evaluate(input, running_mean, running_var, weight, bias, eps, mask)
 
-    compiling = torch.compiler.is_compiling()
+    native = native_kernels_serve(input)
+    compiling = not native and torch.compiler.is_compiling()
     record = None if compiling else find_record(running_mean)
     if record is None:
+        statistics = _Statistics(
+            running_mean, running_var, num_batches_tracked, rejected, momentum, eps, r_max, d_max, stat
+        )
         replayable = not compiling and may_be_replayed()
-        with torch.no_grad(), unseen_by_policies() if replayable else nullcontext():
-            mean, var, m = batch_statistics(input.detach(), mask)
-            if group is not None:
-                mean, var, m = join_statistics(mean, var, m, group)
-            learns = finite = all_finite(input, mean, var)
-            if isinstance(m, Tensor):
-                learns = finite & (m > 0)
-            if num_batches_tracked is not None:
-                num_batches_tracked.add_(learns)
-            if rejected is not None and finite is not True:
-                rejected.add_(not finite if isinstance(finite, bool) else ~finite)
-            alpha = _share_of_batch(momentum, num_batches_tracked, mean.dtype)
-            r, d = _correct_and_move(
-                running_mean, running_var, mean, var, m, alpha, eps, r_max, d_max, stat, learns
-            )
-        record = Record(mean, var, r, d, m)
+        with unseen_by_policies() if replayable else _NOTHING:
+            if native and mask is None and group is None and _host_serves(input, statistics):
+                record = _step_on_host(input.detach(), statistics)
+            else:
+                record = _step(input.detach(), statistics, native, mask, group)
         if replayable:
             remember(running_mean, record)
-
-    mean, var, r, d, m = record
-    if isinstance(m, Tensor) and group is not None:
-        return transform_joined(input, weight, bias, mean, var, r, d, eps, mask, m, group)
-    return transform(input, weight, bias, mean, var, r, d, eps, mask)
+    if group is not None:
+        return transform_joined(input, weight, bias, record, eps, mask, group)
+    return transform(input, weight, bias, record, eps, native, mask)
 
 
-def _correct_and_move(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    m: int | Tensor,
-    alpha: float | Tensor,
-    eps: float,
-    r_max: float | Tensor,
-    d_max: float | Tensor,
-    stat: str,
-    learns: bool | Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Computes r and d, then moves the running statistics, in place where their dtype allows.
+_NOTHING = nullcontext()
+
+
+class _Statistics(NamedTuple):
+    """The running statistics, and how a batch is corrected by them and moves them."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None
+    rejected: Tensor | None
+    momentum: float | None
+    eps: float
+    r_max: float | Tensor
+    d_max: float | Tensor
+    stat: str
+
+
+def _host_serves(input: Tensor, running: _Statistics) -> bool:
+    """Whether looking at a number costs nothing, and the statistics are as the kernels compute them."""
+    return (
+        input.is_cpu
+        and running.momentum is not None
+        and running.mean.dtype == running.var.dtype == torch.promote_types(input.dtype, torch.float32)
+        and not isinstance(running.r_max, Tensor)
+        and not isinstance(running.d_max, Tensor)
+    )
+
+
+def _step_on_host(input: Tensor, running: _Statistics) -> Record:
+    """:func:`_step` with as few operations as it takes, for the case that nearly every batch is.
+
+    On small inputs they, and not the passes over the input, are what Batch Renorm costs.
+    """
+    mean, var, m = batch_statistics(input, native=True)
+    eps, alpha = running.eps, running.momentum
+    assert alpha is not None, "else _host_serves() does not let it pass"
+    sigma, sigma_b = (running.var + eps).sqrt_(), (var + eps).sqrt_()
+    if not are_finite(mean, var):
+        if running.rejected is not None:
+            running.rejected.add_(1)
+        return Record(mean, var, sigma_b.reciprocal_(), torch.ones_like(mean), torch.zeros_like(mean), m)
+
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(1)
+    r_max, d_max = float(running.r_max), float(running.d_max)
+    r = (sigma_b / sigma).clamp_(1 / r_max, r_max)
+    d = (mean - running.mean).div_(sigma).clamp_(-d_max, d_max)
+    if alpha != 0:  # else not a bit is to be changed
+        running.mean.lerp_(mean, alpha)
+    if alpha != 0 and m > 1:  # the spread of a single value says nothing
+        if running.stat == "var":
+            running.var.lerp_(var * (m / (m - 1)), alpha)
+        else:
+            step = sigma_b - sigma
+            running.var.addcmul_(step, sigma.add_(step, alpha=alpha / 2), value=2 * alpha).clamp_(min=0)
+    return Record(mean, var, sigma_b.reciprocal_(), r, d, m)
+
+
+@torch.no_grad()
+def _step(
+    input: Tensor, running: _Statistics, native: bool, mask: Tensor | None, group: ProcessGroup | None
+) -> Record:
+    """Computes r and d of a batch, then moves the running statistics in place; nothing waits for a device.
 
     For the sigma-average, (sigma + step)^2 - eps is written as running_var + step * (2 sigma + step): the
     same number, without losing the digits of a running_var far below eps.
     """
-    mu, old = running_mean.to(mean.dtype), running_var.to(mean.dtype)
-    sigma, sigma_b = (old + eps).sqrt_(), (var + eps).sqrt_()
-    if isinstance(learns, Tensor):
-        mean, sigma_b = torch.where(learns, mean, mu), torch.where(learns, sigma_b, sigma)
+    mean, var, m = batch_statistics(input, native, mask)
+    if group is not None:
+        mean, var, m = join_statistics(mean, var, m, group)
+    finite = torch.isfinite(mean + var).all()
+    learns = finite & (m > 0)
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(learns)
+    if running.rejected is not None:
+        running.rejected.add_(~finite)
+
+    eps, r_max, d_max = running.eps, running.r_max, running.d_max
+    mu, old = running.mean.to(mean.dtype), running.var.to(mean.dtype)
+    sigma = (old + eps).sqrt()
+    sigma_b = torch.where(learns, (var + eps).sqrt(), sigma)
     if isinstance(r_max, Tensor):
         r_max = r_max.to(mean.dtype)  # before it is inverted: 1 / 3 is not the same in float32
-    r, d = sigma_b / sigma, (mean - mu).div_(sigma)
+    r, d = sigma_b / sigma, (torch.where(learns, mean, mu) - mu) / sigma
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         r = kept_minimum(torch.clamp(r, min=1 / r_max), r_max)
         d = kept_minimum(torch.clamp(d, min=-d_max), d_max)
     else:
-        r.clamp_(1 / r_max, r_max)  # type: ignore[arg-type]
-        d.clamp_(-d_max, d_max)  # type: ignore[arg-type]
-    if learns is False or (not isinstance(alpha, Tensor) and alpha == 0):
-        return r, d  # nothing is to be learnt, and not a bit to be changed
+        r, d = r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)  # type: ignore[arg-type]
 
-    mu.lerp_(mean, alpha)
-    if isinstance(m, Tensor):  # else the spread of a single value is ruled out below
-        sigma_b, var = torch.where(m > 1, sigma_b, sigma), torch.where(m > 1, var * (m / (m - 1)), old)
-    elif m > 1 and stat == "var":
-        var = var * (m / (m - 1))
-    if isinstance(m, Tensor) or m > 1:
-        if stat == "var":
-            old.lerp_(var if isinstance(learns, bool) else torch.where(learns, var, old), alpha)
+    alpha = _share_of_batch(running, mean.dtype)
+    if isinstance(alpha, Tensor) or alpha != 0:  # else not a bit is to be changed
+        alone = not isinstance(m, Tensor) and m == 1  # then neither average is kept, and one would fail
+        if running.stat == "sigma" or alone:
+            step = (sigma_b - sigma) * alpha
+            moved = (old + step * (2 * sigma + step)).clamp(min=0)
         else:
-            step = (sigma_b - sigma).mul_(alpha)
-            old.addcmul_(step, torch.add(step, sigma, alpha=2)).clamp_(min=0)
-    if mu is not running_mean:
-        running_mean.copy_(mu)
-        running_var.copy_(old)
-    return r, d
+            moved = old.lerp(var * (m / (m - 1)), alpha)
+        running.mean.copy_(torch.where(learns, mu.lerp(mean, alpha), mu))
+        running.var.copy_(torch.where(learns & (m > 1), moved, old))
+    return Record(mean, var, (var + eps).rsqrt(), r, d, m)
+
+
+def _group_to_join(process_group: ProcessGroup) -> ProcessGroup | None:
+    """The group, where there is anything to join; None otherwise."""
+    return None if torch.distributed.get_world_size(process_group) == 1 else process_group
+
+
+def _share_of_batch(running: _Statistics, dtype: torch.dtype) -> float | Tensor:
+    if running.momentum is not None:
+        return running.momentum
+    if running.num_batches_tracked is None:
+        raise ValueError("momentum=None, a cumulative average, needs num_batches_tracked")
+    return running.num_batches_tracked.clamp(min=1).to(dtype).reciprocal()
 
 
 def evaluate(
@@ -206,23 +255,6 @@ def evaluate(
         weight, bias = weight.to(running_mean.dtype), None if bias is None else bias.to(running_mean.dtype)
     output = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     return output if mask is None else output.masked_fill(~positions(mask, input), 0)
-
-
-def _group_to_join(process_group: ProcessGroup | None) -> ProcessGroup | None:
-    """The group, where there is anything to join; None otherwise."""
-    if process_group is None or torch.distributed.get_world_size(process_group) == 1:
-        return None
-    return process_group
-
-
-def _share_of_batch(
-    momentum: float | None, num_batches_tracked: Tensor | None, dtype: torch.dtype
-) -> float | Tensor:
-    if momentum is not None:
-        return momentum
-    if num_batches_tracked is None:
-        raise ValueError("momentum=None, a cumulative average, needs num_batches_tracked")
-    return num_batches_tracked.clamp(min=1).to(dtype).reciprocal()
 
 
 def _check(
@@ -248,9 +280,10 @@ def _check(
     if torch._C._get_tracing_state():
         return  # sizes are tensors there
     channels = input.shape[1]
-    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, value in named.items():
+    for value in (running_mean, running_var, weight, bias):
         if value is not None and value.numel() != channels:
+            named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+            name = next(name for name, other in named.items() if other is value)
             raise RuntimeError(f"{name} should contain {channels} elements not {value.numel()}")
 
 

@@ -8,13 +8,33 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-__all__ = ["all_finite", "batch_statistics", "per_channel", "positions", "scale_and_shift", "transform"]
+__all__ = [
+    "Record",
+    "are_finite",
+    "batch_statistics",
+    "native_kernels_serve",
+    "per_channel",
+    "positions",
+    "scale_and_shift",
+    "transform",
+]
+
+
+class Record(NamedTuple):
+    """What a forward made of its batch: statistics, and the r and d that followed; each :math:`(C)`."""
+
+    mean: Tensor
+    var: Tensor
+    invstd: Tensor
+    r: Tensor
+    d: Tensor
+    m: int | Tensor
 
 
 # Sizes in elements, where the trade of one way of adding for the other was measured to turn.
@@ -41,24 +61,25 @@ def per_channel(value: Tensor, input: Tensor) -> Tensor:
     return value.view(1, -1, *(1,) * (input.dim() - 2))
 
 
-def scale_and_shift(
-    weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor
-) -> tuple[Tensor, Tensor]:
+def scale_and_shift(weight: Tensor | None, bias: Tensor | None, record: Record) -> tuple[Tensor, Tensor]:
     r"""Batch Norm's weight and bias for this batch: :math:`\gamma r` and :math:`\gamma d + \beta`."""
+    r, d = record.r, record.d
     if weight is None:
         return r, d if bias is None else d + bias
     return weight * r, weight * d if bias is None else torch.addcmul(bias.to(d.dtype), weight, d)
 
 
-def batch_statistics(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, int | Tensor]:
+def batch_statistics(
+    input: Tensor, native: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, int | Tensor]:
     """Mean and biased variance of each channel, and the number of values in it.
 
     The first two are :math:`(C)`, float32 or, for a float64 input, float64; zero where there is no value. The
     number is a scalar tensor where a mask decides it.
     """
     dtype = torch.promote_types(input.dtype, torch.float32)
-    dims = [0, *range(2, input.dim())]
     if mask is not None:
+        dims = [0, *range(2, input.dim())]
         valid = positions(mask, input)
         m = valid.sum().to(dtype)
         share = valid.to(dtype) / m.clamp(min=1)
@@ -70,12 +91,12 @@ def batch_statistics(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor
     if count == 0:
         nothing = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
         return nothing, nothing, count
-    if _native_kernels_serve(input):
+    if native:
         if _rows_are_faster(input):
             return *_statistics_by_rows(input), count
         mean, var = torch.batch_norm_update_stats(input, *_scratch(input, dtype), 0.0)
         return mean, var, count
-    var, mean = torch.var_mean(input.to(dtype), dims, correction=0)
+    var, mean = torch.var_mean(input.to(dtype), [0, *range(2, input.dim())], correction=0)
     return mean, var, count
 
 
@@ -111,15 +132,10 @@ def _statistics_by_rows(input: Tensor) -> tuple[Tensor, Tensor]:
     return mean, norms.square_().sum((0, 2)).div_(count)
 
 
-def all_finite(input: Tensor, mean: Tensor, var: Tensor) -> bool | Tensor:
-    """Whether the statistics of a batch are finite: a bool where the host can look at no cost.
-
-    Elsewhere a tensor, so that nothing waits for the device and no graph breaks.
-    """
-    if input.device.type == "cpu" and _native_kernels_serve(input):
-        # A product with an inf or a NaN is one; so mostly one operation decides.
-        return math.isfinite(torch.dot(mean, var).item()) or bool(torch.isfinite(mean + var).all())
-    return torch.isfinite(mean + var).all()
+def are_finite(mean: Tensor, var: Tensor) -> bool:
+    """Whether all statistics of a batch are, on the host."""
+    # A product with an inf or a NaN is one; so mostly one operation decides.
+    return math.isfinite(torch.dot(mean, var).item()) or bool(torch.isfinite(mean + var).all())
 
 
 def _scratch(input: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -134,11 +150,9 @@ def transform(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    r: Tensor,
-    d: Tensor,
+    record: Record,
     eps: float,
+    native: bool,
     mask: Tensor | None,
 ) -> Tensor:
     """Batch Norm with this batch's weight and bias; r and d carry no gradient, the statistics do.
@@ -147,21 +161,19 @@ def transform(
         input: :math:`(N, C, *)`.
         weight: :math:`(C)`, or None.
         bias: :math:`(C)`, or None.
-        mean: of each channel of the input, :math:`(C)`.
-        var: likewise, the biased variance.
-        r: :math:`(C)`.
-        d: :math:`(C)`.
+        record: the statistics of the input, with the r and d to apply.
         eps: added to the variance inside the root.
+        native: whether :func:`native_kernels_serve`.
         mask: see :func:`renormify.functional.batch_renorm`.
     """
-    if mask is None and _native_kernels_serve(input):
-        return _Transform.apply(input, weight, bias, mean, var, r, d, eps)  # type: ignore[no-any-return]
-    scale, shift = scale_and_shift(weight, bias, r, d)
+    if native and mask is None:
+        return _Transform.apply(input, weight, bias, record, eps)  # type: ignore[no-any-return]
+    scale, shift = scale_and_shift(weight, bias, record)
     if mask is None:
         return torch.batch_norm(input, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
     valid = positions(mask, input)
     input = input.masked_fill(~valid, 0)  # on the output alone it would let a NaN into the gradient
-    mean, var, _ = batch_statistics(input, mask)  # once more, for the gradient
+    mean, var, _ = batch_statistics(input, native, mask)  # once more, for the gradient
     normalised = (input - per_channel(mean, input)) * per_channel((var + eps).rsqrt(), input)
     output = normalised * per_channel(scale, input) + per_channel(shift, input)
     return output.to(input.dtype).masked_fill(~valid, 0)
@@ -176,7 +188,7 @@ def _has_native_kernels(device_type: str) -> bool:
     )
 
 
-def _native_kernels_serve(input: Tensor) -> bool:
+def native_kernels_serve(input: Tensor) -> bool:
     """Whether the device has the kernels, and nothing must see through them."""
     return (
         type(input) in (Tensor, torch.nn.Parameter)
@@ -196,19 +208,12 @@ class _Transform(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        r: Tensor,
-        d: Tensor,
-        eps: float,
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, record: Record, eps: float
     ) -> Tensor:
-        scale, shift = scale_and_shift(weight, bias, r, d)
+        mean, var, invstd, r, d, _ = record
+        scale, shift = scale_and_shift(weight, bias, record)
         output: Tensor = torch.native_batch_norm(input, scale, shift, mean, var, False, 0.0, eps)[0]
-        ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt_(), r, d, scale)
+        ctx.save_for_backward(input, weight, mean, invstd, r, d, scale)
         ctx.eps = eps
         return output
 
@@ -231,4 +236,4 @@ class _Transform(torch.autograd.Function):
             [needs_input, needs_weight, needs_weight or needs_bias],
         )
         grad_weight = torch.addcmul(r * grad_scale, d, grad_shift) if needs_weight else None
-        return grad_input, grad_weight, grad_shift if needs_bias else None, None, None, None, None, None
+        return grad_input, grad_weight, grad_shift if needs_bias else None, None, None

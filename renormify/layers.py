@@ -17,48 +17,45 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "AnyBatchRenorm",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "Renormalised",
     "is_batch_renorm",
+    "is_proxy",
+    "kept_whole",
 ]
 
 
-def _is_proxy(input: object) -> bool:
-    return isinstance(input, torch.fx.Proxy)
+def is_proxy(*inputs: object) -> bool:
+    """Whether an FX tracer is asking."""
+    return any(isinstance(input, torch.fx.Proxy) for input in inputs)
 
 
-class _BatchRenorm(_NormBase):
-    """What the layers share; a leaf says only which inputs it takes.
+def kept_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """One node for the module, whatever the tracer, so that train() and eval() keep their meaning."""
+    tracer = next(value for value in (*args, *kwargs.values()) if is_proxy(value)).tracer
+    path = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", path, args, kwargs)  # type: ignore[no-any-return]
 
-    Derived from ``_NormBase`` and not from ``_BatchNorm``: ``convert_sync_batchnorm`` turns every instance of
-    the latter into a plain SyncBatchNorm without a word.
+
+class Renormalised(nn.Module):
+    """What Batch Renorm adds to a module that holds running statistics; none of it enters the state dict.
+
+    Its limits, the count of rejected batches, and the training step itself. The layers below derive from it,
+    and so do the classes that a BatchNorm class of someone else's is given (see
+    :mod:`renormify.counterparts`).
     """
 
     running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor
+    num_batches_tracked: Tensor | None
+    eps: float
+    momentum: float | None
     _r_max: Tensor
     _d_max: Tensor
     _rejected: Tensor
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.01,
-        affine: bool = True,
-        *,
-        bias: bool = True,
-        r_max: float = 3.0,
-        d_max: float = 5.0,
-        stat: str = "sigma",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias)
-        self._keep_statistics_in_float32()
-        self.init_renorm(r_max, d_max, stat)
 
     def init_renorm(self, r_max: float, d_max: float, stat: str) -> None:
         """Sets what Batch Renorm has beyond BatchNorm's state; none of it enters the state dict.
@@ -115,19 +112,10 @@ class _BatchRenorm(_NormBase):
         """How many batches held inf or NaN and so left the statistics alone: an int64 scalar."""
         return self._rejected
 
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalises ``input``; see :func:`renormify.functional.batch_renorm` for ``mask``."""
-        if _is_proxy(input):
-            # Any FX tracer keeps the layer whole, so that train() and eval() keep their meaning.
-            tracer: Any = input.tracer  # type: ignore[attr-defined]
-            path = tracer.path_of_module(self)
-            args = (input,) if mask is None else (input, mask)
-            return tracer.create_proxy("call_module", path, args, {})  # type: ignore[no-any-return]
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        if not self.training:
-            return evaluate(
-                input, self.running_mean, self.running_var, self.weight, self.bias, self.eps, mask
-            )
+    def renormalise(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """A training step: normalises ``input`` by the corrected batch, and moves the running statistics."""
         self._keep_statistics_in_float32()
         self._warn_of_few_values(input)
         # A compiled graph reads the limits from memory, so that moving them does not recompile it.
@@ -136,8 +124,8 @@ class _BatchRenorm(_NormBase):
             input,
             self.running_mean,
             self.running_var,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             True,
             self.momentum,
             self.eps,
@@ -145,10 +133,14 @@ class _BatchRenorm(_NormBase):
             d_max=self._d_max if compiling else self.d_max,
             stat=self.stat,
             mask=mask,
-            num_batches_tracked=self.num_batches_tracked,
+            num_batches_tracked=self._count(),
             rejected=self._rejected,
             process_group=self._process_group(),
         )
+
+    def _count(self) -> Tensor | None:
+        """The counter that a step increases; None where the module has none, or its forward counts itself."""
+        return self._buffers.get("num_batches_tracked")
 
     def _process_group(self) -> ProcessGroup | None:
         return None
@@ -160,11 +152,11 @@ class _BatchRenorm(_NormBase):
             self.running_var = self.running_var.float()
 
     def _warn_of_few_values(self, input: Tensor) -> None:
-        if not 0 < input.numel() <= 2 * self.num_features or torch.compiler.is_compiling():
+        if not 0 < input.numel() <= 2 * len(self.running_mean) or torch.compiler.is_compiling():
             return
         if self._process_group() is not None:
             return  # the others' batches count too, and only the device knows them
-        m = input.numel() // self.num_features
+        m = input.numel() // len(self.running_mean)
         effect = "its output does not depend on the input" if m == 1 else "the gradient all but vanishes"
         self._warn_once(
             "few values",
@@ -177,7 +169,7 @@ class _BatchRenorm(_NormBase):
             self._warned |= {kind}
             warnings.warn(message, RenormifyWarning, stacklevel=3)
 
-    def train(self, mode: bool = True) -> _BatchRenorm:
+    def train(self, mode: bool = True) -> Renormalised:
         """Sets the mode; on leaving training, warns of rejected batches: here the host may look."""
         if self.training and not mode and not self._rejected.is_meta and int(self._rejected) > 0:
             self._warn_once(
@@ -188,7 +180,7 @@ class _BatchRenorm(_NormBase):
         super().train(mode)
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchRenorm:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Renormalised:
         """Moves and casts as any module, but statistics and limits stay in float32."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -213,6 +205,45 @@ class _BatchRenorm(_NormBase):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._settle(self._rejected)  # with assign=True the statistics may have left the meta device
+
+
+class _BatchRenorm(Renormalised, _NormBase):
+    """What the layers share; a leaf says only which inputs it takes.
+
+    Derived from ``_NormBase`` and not from ``_BatchNorm``: ``convert_sync_batchnorm`` turns every instance of
+    the latter into a plain SyncBatchNorm without a word.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        *,
+        bias: bool = True,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        stat: str = "sigma",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias)
+        self._keep_statistics_in_float32()
+        self.init_renorm(r_max, d_max, stat)
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalises ``input``; see :func:`renormify.functional.batch_renorm` for ``mask``."""
+        if is_proxy(input):
+            return kept_whole(self, *((input,) if mask is None else (input, mask)))
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        if self.training:
+            return self.renormalise(input, self.weight, self.bias, mask)
+        return evaluate(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps, mask)
 
     def extra_repr(self) -> str:
         return (
@@ -275,9 +306,17 @@ def _documented(dims: str, shape: str, example: str) -> Callable[[type], type]:
     return document
 
 
-def is_batch_renorm(module: nn.Module) -> TypeGuard[_BatchRenorm]:
-    """Whether a module is a Batch Renorm layer."""
-    return isinstance(module, _BatchRenorm)
+def is_batch_renorm(module: nn.Module) -> TypeGuard[Renormalised]:
+    """Whether a module is a Batch Renorm layer, or one that was given its ways."""
+    return isinstance(module, Renormalised)
+
+
+class AnyBatchRenorm(_BatchRenorm):
+    """Takes any input of two dimensions or more: for classes that check their input themselves."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
 @_documented("2D or 3D", ":math:`(N, C)` or :math:`(N, C, L)`", "20, 100")

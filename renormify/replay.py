@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,17 +26,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-__all__ = ["Record", "find_record", "kept_minimum", "may_be_replayed", "remember", "unseen_by_policies"]
+from renormify.kernels import Record
 
-
-class Record(NamedTuple):
-    """What a forward made of its batch: statistics, and the r and d that followed; each :math:`(C)`."""
-
-    mean: Tensor
-    var: Tensor
-    r: Tensor
-    d: Tensor
-    m: int | Tensor
+__all__ = ["find_record", "kept_minimum", "may_be_replayed", "remember", "unseen_by_policies"]
 
 
 @dataclass

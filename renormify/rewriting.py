@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.nn.parameter import UninitializedBuffer
 
 from renormify.errors import NothingToConvertError, UnsupportedModelError
-from renormify.layers import is_batch_renorm
-from renormify.rules import Momentum, Settings, convert_layer, original_of, refusal, revert_layer
+from renormify.functions import convert_forward, convert_graph, restore_forward
+from renormify.layers import Renormalised, is_batch_renorm
+from renormify.registry import register_rule, rule_for
+from renormify.rules import (
+    apply_rule,
+    convert_layer,
+    original_of,
+    refusal,
+    revert_layer,
+    synchronise_layer,
+    take_back,
+)
+from renormify.settings import Momentum, Settings
 from renormify.sites import Site, find_sites
 from renormify.tracing import is_norm
 
-__all__ = ["Conversion", "Filter", "Report", "SiteReport", "convert", "renormify", "revert", "rewrite"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "Conversion",
+    "Filter",
+    "Report",
+    "SiteReport",
+    "convert",
+    "convert_sync",
+    "register_rule",
+    "renormify",
+    "revert",
+    "rewrite",
+]
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -30,7 +56,7 @@ class SiteReport:
         name: the path of its module ("" for the root), or of the module whose forward calls the function.
         kind: its class, or ``batch_norm()`` for a functional call.
         action: ``"converted"`` or ``"skipped"``.
-        reason: why it was skipped; empty for a converted one.
+        reason: why it was skipped; of a converted one a remark, mostly empty.
         channels: how many, None where that is not known.
     """
 
@@ -108,8 +134,8 @@ def convert(
             average, or ``"keep"`` for each layer's own.
         stat: ``"sigma"`` (the paper) or ``"var"``: see :class:`renormify.BatchRenorm2d`.
         filter_fn: ``filter_fn(module, name) -> bool`` says which sites to convert; by default all.
-        include_frozen: also convert layers whose class is a frozen BatchNorm. None can be as yet: they are
-            reported as skipped.
+        include_frozen: also convert frozen BatchNorm, layers whose class is one and calls with
+            ``training=False``. Their weight and bias become parameters.
         inplace: convert the model itself rather than a copy.
 
     Returns:
@@ -121,12 +147,12 @@ def convert(
             copied, or a BatchNorm itself with ``inplace=True``.
         InputError: for a setting out of range.
     """
-    settings = Settings(r_max, d_max, momentum, stat)
+    settings = Settings(r_max, d_max, momentum, stat, include_frozen)
     _check_model(model)
-    verdicts = _judge(find_sites(model), filter_fn, include_frozen)
+    verdicts = _judge(find_sites(model), settings, filter_fn)
     _require_some(model, verdicts)
     target = _target(model, inplace)
-    _apply(target, verdicts, settings)
+    target = _apply(target, verdicts, settings)
     return Conversion(target, _report(verdicts))
 
 
@@ -166,25 +192,59 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Each layer gets back the class and the momentum it had before it was converted.
 
     Raises:
-        NothingToConvertError: when the model holds no Batch Renorm layer.
+        NothingToConvertError: when the model holds no Batch Renorm.
         UnsupportedModelError: as for :func:`convert`, and for a layer that derives from one of ours.
     """
     _check_model(model)
-    layers = [name for name, module in model.named_modules() if is_batch_renorm(module)]
-    if not layers:
-        raise NothingToConvertError(f"found no Batch Renorm layer in {type(model).__name__} to revert")
-    for name in layers:
-        original_of(model.get_submodule(name))  # before any is changed
+    for _, layer in _layers(model):
+        original_of(layer)  # before any is changed
     target = _target(model, inplace)
-    for name in layers:
-        revert_layer(target.get_submodule(name))
+    layers = list(_layers(target))
+    calls = [module for module in target.modules() if restore_forward(module)]
+    if not layers and not calls:
+        raise NothingToConvertError(f"found no Batch Renorm in {type(model).__name__} to revert")
+    for name, layer in layers:
+        if "replaces" in vars(layer):
+            target = _put(target, name, take_back(layer))
+        else:
+            revert_layer(layer)
     return target
+
+
+def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
+    """Turns every Batch Renorm layer of a model into :class:`renormify.SyncBatchRenorm`, in place.
+
+    Args:
+        model: a model with Batch Renorm layers, as :func:`renormify` returns it.
+        process_group: the processes to join. Default: all
+
+    Raises:
+        NothingToConvertError: when it has none.
+
+    Returns:
+        The model itself.
+    """
+    layers = list(_layers(model))
+    if not layers:
+        raise NothingToConvertError(
+            f"found no Batch Renorm layer in {type(model).__name__}; first convert it, with renormify()"
+        )
+    for _, layer in layers:
+        synchronise_layer(layer, process_group)
+    return model
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Renormalised]]:
+    for name, module in model.named_modules():
+        if is_batch_renorm(module):
+            yield name, module
 
 
 def rewrite(graph_module: fx.GraphModule, settings: Settings = Settings()) -> PassResult:  # noqa: B008
     """The FX pass, for a pipeline of passes: converts the norm nodes of a GraphModule, in place.
 
-    A graph without BatchNorm passes through unmodified.
+    It serves calls of modules, of torch's functions and of ATen operators. A graph without BatchNorm passes
+    through unmodified.
 
     Raises:
         UnsupportedModelError: for a module that is not a GraphModule.
@@ -193,15 +253,16 @@ def rewrite(graph_module: fx.GraphModule, settings: Settings = Settings()) -> Pa
         raise UnsupportedModelError(
             f"expected a GraphModule (got {type(graph_module).__name__}); see convert()"
         )
-    verdicts = _judge(find_sites(graph_module), None, False)
-    return PassResult(graph_module, _apply(graph_module, verdicts, settings))
+    verdicts = _judge(find_sites(graph_module), settings, None)
+    _apply(graph_module, verdicts, settings)
+    return PassResult(graph_module, any(reason is None for _, reason in verdicts))
 
 
 _Verdicts = list[tuple[Site, str | None]]  # a site, and why it is skipped
 
 
-def _judge(sites: tuple[Site, ...], filter_fn: Filter | None, include_frozen: bool) -> _Verdicts:
-    return [(site, refusal(site, include_frozen) or _deselection(site, filter_fn)) for site in sites]
+def _judge(sites: tuple[Site, ...], settings: Settings, filter_fn: Filter | None) -> _Verdicts:
+    return [(site, refusal(site, settings) or _deselection(site, filter_fn)) for site in sites]
 
 
 def _deselection(site: Site, filter_fn: Filter | None) -> str | None:
@@ -209,23 +270,51 @@ def _deselection(site: Site, filter_fn: Filter | None) -> str | None:
     return None if chosen else "left out by filter_fn"
 
 
-def _apply(model: nn.Module, verdicts: _Verdicts, settings: Settings) -> bool:
+def _apply(model: nn.Module, verdicts: _Verdicts, settings: Settings) -> nn.Module:
     """Converts the chosen sites of the model they were found in, or of a copy of it."""
-    chosen = [site.name for site, reason in verdicts if reason is None]
-    for name in chosen:
-        convert_layer(model.get_submodule(name), settings)
-    return bool(chosen)
+    chosen = [site for site, reason in verdicts if reason is None]
+    for path in dict.fromkeys(site.path for site in chosen):
+        module = model.get_submodule(path)
+        calls = [site for site in chosen if site.path == path and site.calls]
+        if isinstance(module, fx.GraphModule) and calls:
+            convert_graph(module, calls, path, settings)
+        elif calls:
+            convert_forward(module, settings)
+        elif rule_for(module) is not None:
+            model = _put(model, path, apply_rule(module, settings))
+        else:
+            convert_layer(module, settings)
+    return model
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Puts a module in the place of another, wherever that is registered; returns the root."""
+    replaced = model.get_submodule(path)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is replaced:
+                parent._modules[name] = module
+    return model if path else module
 
 
 def _report(verdicts: _Verdicts) -> Report:
     return Report(
         tuple(
             SiteReport(
-                site.name, site.kind, "skipped" if reason else "converted", reason or "", site.channels
+                site.name,
+                site.kind,
+                "skipped" if reason else "converted",
+                reason or _remark(site),
+                site.channels,
             )
             for site, reason in verdicts
         )
     )
+
+
+def _remark(site: Site) -> str:
+    recorded = any(not call.trains for call in site.calls)
+    return "recorded as evaluation; it trains where the model does" if recorded else ""
 
 
 def _check_model(model: object) -> None:
@@ -254,7 +343,11 @@ def _target(model: nn.Module, inplace: bool) -> nn.Module:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
+    lazy = [buffer for buffer in model.buffers() if isinstance(buffer, UninitializedBuffer)]
+    memo: dict[int, Any] = {  # torch copies lazy parameters, but not lazy buffers
+        id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
+        for buffer in lazy
+    }
     try:
         copied = copy.deepcopy(model, memo)
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""What becomes of each kind of norm layer, or why nothing does.
+"""What becomes of each kind of site, or why nothing does.
 
 A layer is converted by giving the very same object another class: it stays where it is in the tree and in
 every list, closure and optimizer that refers to it, with its parameters, buffers, hooks, name and training
@@ -7,112 +7,75 @@ flag. What Batch Renorm has beyond BatchNorm's state is added to it, and taken a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.batchnorm import _LazyNormBase
 
-from renormify.errors import InputError, UnsupportedModelError
-from renormify.functional import STATS
-from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, is_batch_renorm
+from renormify.calls import calls_batch_norm, calls_super_forward
+from renormify.counterparts import Thawed, class_of, counterpart, set_class, synchronised, torch_base
+from renormify.errors import UnsupportedModelError
+from renormify.forwards import TrainingForward, calls_in_forward
+from renormify.graphs import LayerRewrite, is_own, problem_of
+from renormify.layers import Renormalised, is_batch_renorm
+from renormify.registry import rule_for
+from renormify.settings import Settings
 from renormify.sites import Site
-from renormify.sync import SyncBatchRenorm
 
-__all__ = ["Momentum", "Settings", "convert_layer", "original_of", "refusal", "revert_layer"]
-
-Momentum = float | None | Literal["keep"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How converted layers train; see :func:`renormify.convert` for the fields.
-
-    Raises:
-        InputError: for one out of range.
-    """
-
-    r_max: float = 3.0
-    d_max: float = 5.0
-    momentum: Momentum = 0.01
-    stat: str = "sigma"
-
-    def __post_init__(self) -> None:
-        if not _at_least(self.r_max, 1):
-            raise InputError(f"r_max must be a number of at least 1 (got {self.r_max!r})")
-        if not _at_least(self.d_max, 0):
-            raise InputError(f"d_max must be a number of at least 0 (got {self.d_max!r})")
-        if self.stat not in STATS:
-            raise InputError(f"stat must be one of {', '.join(STATS)} (got {self.stat!r})")
-        momentum = self.momentum
-        if momentum is not None and momentum != "keep" and not (_at_least(momentum, 0) and momentum <= 1):
-            raise InputError(f"momentum must be a number from 0 to 1, None or 'keep' (got {momentum!r})")
+__all__ = [
+    "apply_rule",
+    "convert_layer",
+    "original_of",
+    "refusal",
+    "revert_layer",
+    "synchronise_layer",
+    "take_back",
+]
 
 
-def _at_least(value: object, least: float) -> bool:
-    return isinstance(value, Real) and float(value) >= least
-
-
-_COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchRenorm1d,
-    nn.BatchNorm2d: BatchRenorm2d,
-    nn.BatchNorm3d: BatchRenorm3d,
-    nn.SyncBatchNorm: SyncBatchRenorm,
-}
-
-# What a subclass may define and still compute, and be to its users, what its base is. Other special names
-# matter where they are among the active ones.
-_INERT = frozenset({"extra_repr", "reset_parameters", "_abc_impl"})
-_ACTIVE = frozenset({
-    "__call__", "__deepcopy__", "__getattr__", "__getattribute__", "__getstate__", "__reduce__",
-    "__reduce_ex__", "__setattr__", "__setstate__",
-})  # fmt: skip
-
-
-def _torch_base(module: nn.Module) -> type[nn.Module] | None:
-    """The BatchNorm class of torch.nn that the module's class is or derives from."""
-    return next((base for base in type(module).__mro__ if base in _COUNTERPARTS), None)
-
-
-def refusal(site: Site, include_frozen: bool = False) -> str | None:
+def refusal(site: Site, settings: Settings) -> str | None:
     """Why a site cannot be converted, as a phrase with what to do where something can be done; or None."""
     module = site.module
-    if site.is_call:
-        return "a functional call in this module's forward; make it an nn.BatchNorm module to convert it"
+    if site.problem or site.calls:
+        return site.problem or _refusal_of_call(site, settings)
     if is_batch_renorm(module):
         return "is Batch Renorm already"
-    if isinstance(module, _LazyNormBase):
-        return "lazy and not initialised; run one forward first"
-    if not isinstance(module, _BatchNorm):
-        return _refusal_of_stranger(site, include_frozen)
-    base = _torch_base(module)
-    if base is None:
-        return f"{site.kind} is of unknown dimensions: derive it from BatchNorm1d, BatchNorm2d or BatchNorm3d"
-    return _refusal_of_class(module, base) or _refusal_of_state(module)
-
-
-def _refusal_of_stranger(site: Site, include_frozen: bool) -> str:
-    if "frozen" not in site.kind.lower():
-        return f"{site.kind} does not derive from a BatchNorm of torch.nn"
-    if include_frozen:
-        return f"{site.kind} is frozen and does not derive from a BatchNorm of torch.nn"
-    return "frozen: its statistics and affine are constants"
-
-
-def _refusal_of_class(module: nn.Module, base: type[nn.Module]) -> str | None:
-    if "forward" in module.__dict__:
+    if rule_for(module) is not None:
+        return None
+    if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    lineage = type(module).__mro__
-    names = {name for cls in lineage[: lineage.index(base)] for name in vars(cls)} - _INERT
-    own = {name for name in names if name in _ACTIVE or not name.startswith("__")}
-    if "forward" in own:
-        return f"{type(module).__name__} has a forward of its own, which conversion would lose"
-    if nn.utils.parametrize.is_parametrized(module):
-        return "parametrized; remove its parametrizations first"
-    if own:
-        return f"{type(module).__name__} defines {', '.join(sorted(own))}, which conversion would lose"
+    reason = _refusal_of_names(module)
+    if torch_base(type(module)) is None:
+        return _refusal_of_stranger(site, settings) or reason
+    return reason or _refusal_of_state(module) or _refusal_of_forward(module)
+
+
+def _refusal_of_call(site: Site, settings: Settings) -> str | None:
+    in_graph = site.calls[0].node.graph.owning_module is not None
+    if not in_graph and "forward" in vars(site.module):
+        ours = isinstance(getattr(vars(site.module)["forward"], "func", None), TrainingForward)
+        return "is Batch Renorm already" if ours else "its forward was replaced on the instance"
+    if not in_graph and not settings.include_frozen and not site.calls[0].trains:
+        return "frozen: the call has training=False"
+    if settings.momentum is None:
+        return "a functional call has no count of batches, which a cumulative average (momentum=None) needs"
+    return _refusal_of_names(site.module)
+
+
+def _refusal_of_names(module: nn.Module) -> str | None:
+    taken = [name for name in ("r_max", "d_max", "stat") if hasattr(module, name)]
+    return f"has an attribute {taken[0]} of its own" if taken else None
+
+
+def _refusal_of_stranger(site: Site, settings: Settings) -> str | None:
+    """Of a norm that does not derive from torch's."""
+    if "frozen" not in site.kind.lower():
+        return f"{site.kind} does not derive from a BatchNorm of torch.nn; see register_rule()"
+    if not settings.include_frozen:
+        return "frozen: its statistics and affine are constants"
+    if isinstance(site.module, torch.jit.ScriptModule):
+        return f"{site.kind} is scripted"
     return None
 
 
@@ -124,44 +87,125 @@ def _refusal_of_state(module: Any) -> str | None:
     return None
 
 
+def _refusal_of_forward(module: nn.Module) -> str | None:
+    if not _is_to_be_rewritten(module):
+        return None
+    name = type(module).__name__
+    calls, problem = calls_in_forward(module, class_of(module).forward)
+    if problem:
+        return f"{name} has a forward of its own that cannot be traced ({problem}); see register_rule()"
+    if not any(is_own(call) and call.trains and not problem_of(call) for call in calls):
+        return f"{name} has a forward of its own, which does not call batch_norm; see register_rule()"
+    return None
+
+
+def _is_to_be_rewritten(module: nn.Module) -> bool:
+    """Whether the forward of a BatchNorm is its own, and does not leave the normalising to super()."""
+    own = not class_of(module).forward.__module__.startswith("torch.nn.")
+    return own and (calls_batch_norm(module) or not calls_super_forward(module))
+
+
+class Original(NamedTuple):
+    """What a layer was, beyond its state.
+
+    Attributes:
+        kind: its class.
+        momentum: its momentum, if it had one.
+        dtype: of its running statistics.
+    """
+
+    kind: type[nn.Module]
+    momentum: float | None
+    dtype: torch.dtype
+
+
 def convert_layer(module: nn.Module, settings: Settings) -> None:
-    """Turns a BatchNorm that :func:`refusal` lets pass into Batch Renorm, in place."""
-    base = _torch_base(module)
-    assert base is not None, "refusal() lets only classes of torch.nn pass"
+    """Turns a norm layer that :func:`refusal` lets pass into Batch Renorm, in place."""
     layer: Any = module
-    layer.converted_from = (type(module), layer.momentum, layer.running_mean.dtype)
-    layer.__class__ = _COUNTERPARTS[base]
+    kind = class_of(module)
+    rewritten = TrainingForward(kind.forward, LayerRewrite()) if _is_to_be_rewritten(module) else None
+    layer.converted_from = Original(kind, getattr(layer, "momentum", None), layer.running_mean.dtype)
+    set_class(layer, counterpart(kind))
     layer.init_renorm(settings.r_max, settings.d_max, settings.stat)
-    if settings.momentum != "keep":
+    if isinstance(layer, Thawed):
+        layer.thaw(0.01 if settings.momentum == "keep" else settings.momentum)
+    elif settings.momentum != "keep":
         layer.momentum = settings.momentum
+    if rewritten is not None:
+        rewritten.prepare(layer)
+        layer.rewritten = rewritten
 
 
-def original_of(layer: Any) -> tuple[type[nn.Module], float | None, torch.dtype]:
-    """The class that a Batch Renorm layer had, its momentum, and the dtype of its statistics.
+def original_of(layer: Any) -> Original:
+    """What a Batch Renorm layer was.
 
     Of a layer that was never a BatchNorm: the class of torch.nn that corresponds, and what it has now.
 
     Raises:
         UnsupportedModelError: for a class that derives from a layer of ours.
     """
-    counterpart = next((bn for bn, renorm in _COUNTERPARTS.items() if type(layer) is renorm), None)
-    if counterpart is None:
-        raise UnsupportedModelError(
-            f"{type(layer).__name__} derives from a Batch Renorm layer; no BatchNorm corresponds to it"
-        )
-    dtype = layer.running_mean.dtype if layer.weight is None else layer.weight.dtype
-    return getattr(layer, "converted_from", (counterpart, layer.momentum, dtype))
+    if "converted_from" in vars(layer):
+        return layer.converted_from  # type: ignore[no-any-return]
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        if class_of(layer) is counterpart(kind):
+            dtype = layer.running_mean.dtype if layer.weight is None else layer.weight.dtype
+            return Original(kind, layer.momentum, dtype)
+    raise UnsupportedModelError(
+        f"{type(layer).__name__} derives from a Batch Renorm layer; no BatchNorm corresponds to it"
+    )
 
 
 def revert_layer(module: nn.Module) -> None:
     """Turns a Batch Renorm layer into what :func:`original_of` tells, in place."""
     layer: Any = module
-    original, momentum, dtype = original_of(layer)
+    kind, momentum, dtype = original_of(layer)
     if dtype.itemsize < layer.running_mean.dtype.itemsize == 4:  # raised to float32 by training, or by a cast
         layer.running_mean, layer.running_var = layer.running_mean.to(dtype), layer.running_var.to(dtype)
     layer.end_renorm()
-    layer.__dict__.pop("converted_from", None)
-    layer.__class__ = original
-    layer.momentum = momentum
-    if not issubclass(original, nn.SyncBatchNorm):
+    for name in ("converted_from", "rewritten"):
+        layer.__dict__.pop(name, None)
+    if issubclass(kind, _LazyNormBase) and not isinstance(layer, _LazyNormBase):  # it has seen its input
+        kind = kind.cls_to_become  # type: ignore[assignment]
+    if isinstance(layer, Thawed):
+        layer.freeze()
+    else:
+        layer.momentum = momentum
+    set_class(layer, kind)
+    if not issubclass(kind, nn.SyncBatchNorm):
         layer.__dict__.pop("process_group", None)
+
+
+def synchronise_layer(layer: Renormalised, process_group: Any) -> None:
+    """Makes a Batch Renorm layer join the batches of a group of processes, in place."""
+    kind: Any = class_of(layer)
+    set_class(layer, synchronised(kind))
+    vars(layer)["process_group"] = process_group
+
+
+def apply_rule(module: nn.Module, settings: Settings) -> Renormalised:
+    """The layer that the registered rule makes of a module.
+
+    Raises:
+        UnsupportedModelError: where it is no Batch Renorm layer, or its state dict has other names.
+    """
+    rule: Any = rule_for(module)
+    layer = rule(module, settings)
+    kind = type(module).__name__
+    if not is_batch_renorm(layer):
+        raise UnsupportedModelError(
+            f"the rule for {kind} must return a Batch Renorm layer (got {type(layer).__name__})"
+        )
+    expected, names = list(module.state_dict()), list(layer.state_dict())
+    if expected != names:
+        raise UnsupportedModelError(
+            f"the rule for {kind} must keep the names of its state: expected {expected} (got {names})"
+        )
+    vars(layer)["replaces"] = (module,)  # in a tuple, it is no submodule
+    return layer.train(module.training)
+
+
+def take_back(layer: Renormalised) -> nn.Module:
+    """The module that a registered rule replaced, with what the layer has learnt since."""
+    (module,) = vars(layer)["replaces"]
+    module.load_state_dict(layer.state_dict())
+    return module.train(layer.training)  # type: ignore[no-any-return]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from renormify.tracing import class_name, is_norm, trace
+from renormify.calls import NormCall, calls_batch_norm, norm_calls, unknown_calls
+from renormify.forwards import calls_in_forward
+from renormify.graphs import problem_of
+from renormify.registry import rule_for
+from renormify.tracing import class_name, is_norm
 
 __all__ = ["Site", "find_sites"]
-
-_FUNCTIONS = (F.batch_norm, torch.batch_norm, torch.ops.aten.batch_norm.default)
 
 
 @dataclass(frozen=True)
@@ -23,66 +25,95 @@ class Site:
 
     Attributes:
         name: the path of the module, "" for the root; the first one, if it has several. Of a functional call,
-            the path of the module whose forward makes it.
+            the path of the module whose forward makes it, and from the second call on its number behind a
+            colon.
         kind: the name of the module's class, or ``batch_norm()`` for a functional call.
         channels: how many, or None where the site does not tell.
         module: the module that normalises, or whose forward calls the function.
+        path: the path of that module, or of the GraphModule whose graph holds the call.
+        owner: the path of the module in whose forward a call was made, as far as it is still there.
+        calls: the functional call, as often as a graph holds it; empty for a module.
+        problem: why the site cannot be anything but skipped, or None.
     """
 
     name: str
     kind: str
     channels: int | None
     module: nn.Module = field(repr=False, compare=False)
-
-    @property
-    def is_call(self) -> bool:
-        """Whether the site is a functional call rather than a module."""
-        return self.kind == "batch_norm()"
+    path: str = field(repr=False, compare=False)
+    owner: str = field(default="", repr=False, compare=False)
+    calls: tuple[NormCall, ...] = field(default=(), repr=False, compare=False)
+    problem: str | None = field(default=None, repr=False, compare=False)
 
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Finds every BatchNorm of a model, in the order of its module tree.
 
-    A GraphModule is read as it is; another module is traced where that is possible. Modules that the graph
-    does not reach (an auxiliary head in evaluation mode), or all of them where there is no graph, come from
-    the module tree. Functional calls are seen in a graph alone.
+    Norm layers are found in the tree. Functional calls are found in the graph of each GraphModule, and in
+    each forward whose code names the function, by tracing that forward alone.
     """
     modules = dict(model.named_modules())
-    in_tree = [_site(name, module) for name, module in modules.items() if is_norm(module)]
-    graph = model.graph if isinstance(model, fx.GraphModule) else trace(model)
-    calls = [] if graph is None else list(_functional_calls(graph, modules))
-    order = {id(module): position for position, module in enumerate(modules.values())}
-    return tuple(sorted([*in_tree, *calls], key=lambda site: order[id(site.module)]))
+    order = {path: position for position, path in enumerate(modules)}
+    sites = [site for path, module in modules.items() for site in _sites(path, module)]
+    return tuple(sorted(sites, key=lambda site: order.get(site.owner or site.path, order[site.path])))
 
 
-def _site(name: str, module: nn.Module) -> Site:
-    running_var = getattr(module, "running_var", None)
-    if isinstance(running_var, torch.Tensor) and not nn.parameter.is_lazy(running_var):
-        return Site(name, class_name(module), running_var.numel(), module)
-    channels = getattr(module, "num_features", None) or None
-    return Site(name, class_name(module), channels, module)
+def _sites(path: str, module: nn.Module) -> Iterator[Site]:
+    if is_norm(module) or rule_for(module) is not None:
+        yield Site(path, class_name(module), _channels(getattr(module, "running_var", None)), module, path)
+    elif isinstance(module, fx.GraphModule):
+        yield from _sites_in_graph(path, module)
+    elif not isinstance(module, torch.jit.ScriptModule) and calls_batch_norm(module):
+        yield from _sites_in_forward(path, module)
 
 
-def _functional_calls(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[Site]:
-    """The calls that use running statistics; without them it is weight standardisation or instance norm."""
-    seen: set[str] = set()
-    calls_of_invocation: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target not in _FUNCTIONS or _running_mean(node) is None:
-            continue
-        invocation, path = _innermost_module(node)
-        index = calls_of_invocation.get(invocation, 0)
-        calls_of_invocation[invocation] = index + 1
-        name = f"{path}:{index}" if index else path
-        if name not in seen:  # a module called twice makes the same calls again
-            seen.add(name)
-            # A GraphModule does not keep a module without state; the call is its own then.
-            yield Site(name, "batch_norm()", None, modules.get(path, modules[""]))
+def _sites_in_forward(path: str, module: nn.Module) -> Iterator[Site]:
+    calls, problem = calls_in_forward(module, type(module).forward)
+    if problem:
+        problem = f"its forward calls batch_norm and cannot be traced ({problem}); make it call a layer"
+        yield Site(path, _CALL, None, module, path, problem=problem)
+    for number, call in enumerate(calls):
+        name = f"{path}:{number}" if number else path
+        yield Site(name, _CALL, _channels_of(call, module), module, path, path, (call,), problem_of(call))
 
 
-def _running_mean(node: fx.Node) -> Any:
-    position = 1 if node.target is F.batch_norm else 3
-    return node.kwargs.get("running_mean", node.args[position] if len(node.args) > position else None)
+def _sites_in_graph(path: str, module: fx.GraphModule) -> Iterator[Site]:
+    """The calls of a graph, under the path of the module in whose forward each was recorded.
+
+    A module that is called twice makes the same calls again; they are one site.
+    """
+    found: dict[tuple[str, int], list[NormCall]] = {}
+    count: Counter[str] = Counter()
+    for call in norm_calls(module.graph):
+        invocation, inner = _innermost_module(call.node)
+        found.setdefault((inner, count[invocation]), []).append(call)
+        count[invocation] += 1
+    modules = dict(module.named_modules())
+    for (inner, number), calls in found.items():
+        owner = ".".join(filter(None, (path, inner)))
+        name = f"{owner}:{number}" if number else owner
+        problem = next(filter(None, map(problem_of, calls)), None)
+        bearer = modules.get(inner, module)
+        channels = _channels_of(calls[0], module)
+        yield Site(name, _CALL, channels, bearer, path, owner, tuple(calls), problem)
+    for node in unknown_calls(module.graph):
+        yield Site(path, str(node.target), None, module, path, problem="an operator of unknown kind")
+
+
+_CALL = "batch_norm()"
+
+
+def _channels(statistics: object) -> int | None:
+    if not isinstance(statistics, torch.Tensor) or nn.parameter.is_lazy(statistics):
+        return None
+    return statistics.numel()
+
+
+def _channels_of(call: NormCall, module: nn.Module) -> int | None:
+    try:
+        return _channels(operator.attrgetter(str(call.arguments["running_var"].target))(module))
+    except AttributeError:  # an argument of the forward, or computed in it
+        return None
 
 
 def _innermost_module(node: fx.Node) -> tuple[str, str]:

@@ -5,18 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from renormify.errors import NothingToConvertError
-from renormify.layers import _BatchRenorm, is_batch_renorm
+from renormify.layers import AnyBatchRenorm, Renormalised
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["SyncBatchRenorm", "convert_sync"]
+__all__ = ["SyncBatchRenorm", "Synchronised"]
 
 
-class SyncBatchRenorm(_BatchRenorm):
+class Synchronised(Renormalised):
+    """Joins the batches of a group of processes, where one is initialised."""
+
+    process_group: ProcessGroup | None
+
+    def _process_group(self) -> ProcessGroup | None:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return None
+        return self.process_group or torch.distributed.group.WORLD
+
+
+class SyncBatchRenorm(Synchronised, AnyBatchRenorm):
     """Batch Renormalization over the joined batches of all processes of a group, on any backend and device.
 
     Outputs, gradients and statistics are those of one process with the joined batch; the processes' batches
@@ -66,36 +75,3 @@ class SyncBatchRenorm(_BatchRenorm):
             dtype=dtype,
         )
         self.process_group = process_group
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-
-    def _process_group(self) -> ProcessGroup | None:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return None
-        return self.process_group or torch.distributed.group.WORLD
-
-
-def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
-    """Turns every Batch Renorm layer of a model into :class:`SyncBatchRenorm`, in place.
-
-    Args:
-        model: a model with Batch Renorm layers, as :func:`renormify.renormify` returns it.
-        process_group: the processes to join. Default: all
-
-    Raises:
-        NothingToConvertError: when it has none.
-
-    Returns:
-        The model itself.
-    """
-    layers = [module for module in model.modules() if is_batch_renorm(module)]
-    if not layers:
-        raise NothingToConvertError(
-            f"found no Batch Renorm layer in {type(model).__name__}; first convert it, with renormify()"
-        )
-    for layer in layers:
-        layer.__class__ = SyncBatchRenorm
-        layer.process_group = process_group  # type: ignore[assignment]
-    return model

@@ -1,4 +1,4 @@
-"""The FX tracer whose leaves are norm layers, and a way to use it that leaves no trace in the model."""
+"""What a norm layer is, and the FX tracer of a single forward, which leaves no trace in the module."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from renormify.layers import is_batch_renorm
 
-__all__ = ["NormTracer", "is_norm", "trace"]
+__all__ = ["class_name", "is_norm", "trace_forward"]
 
 
 def class_name(module: nn.Module) -> str:
@@ -36,36 +36,52 @@ def is_norm(module: nn.Module) -> bool:
     return named and getattr(module, "running_var", None) is not None
 
 
-class NormTracer(fx.Tracer):
-    """Records each norm layer as one node, whatever package its class comes from.
+class _ForwardTracer(fx.Tracer):
+    """Records one forward: every submodule is a leaf, and buffers are recorded like parameters.
 
-    Buffers are recorded too, so that a forward which counts its calls in one counts none of ours.
+    A forward that counts its calls in a buffer then counts none of ours.
     """
 
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """As torch's, with norm layers beside the modules of torch.nn."""
-        return is_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        """As all are."""
+        return True
 
 
-def trace(model: nn.Module) -> fx.Graph | None:
-    """The graph of the model's forward in its present mode, or None where Python cannot be traced.
+def trace_forward(
+    module: nn.Module, forward: Callable[..., Any], inputs: tuple[str, ...], constants: dict[str, Any]
+) -> fx.Graph:
+    """The graph of a module's own forward in training.
 
-    The model is afterwards as it was: no attribute or random number generator has moved, no hook has fired.
+    The module is afterwards as it was: what the forward sets is set on a stand-in that shares its tensors and
+    submodules.
+
+    Args:
+        module: whose attributes the forward reads.
+        forward: a function of the module and its arguments.
+        inputs: the names of those arguments that become placeholders.
+        constants: the values of all others.
+
+    Raises:
+        Exception: whatever a forward may raise when it meets a proxy.
     """
-    with warnings.catch_warnings(), _attributes_restored(model), _generators_restored():
+    namespace: dict[str, Any] = {"original": forward, "constants": constants}
+    named = ", ".join(f"{name}={name}" for name in inputs)
+    exec(f"def forward(self, {', '.join(inputs)}): return original(self, {named}, **constants)", namespace)
+    kind: Any = type(type(module).__name__, (type(module),), {"forward": namespace["forward"]})
+    stand_in: nn.Module = kind.__new__(kind)
+    stand_in.__dict__.update({**vars(module), "training": True, "_forward_hooks": OrderedDict()})
+    stand_in.__dict__.pop("forward", None)
+    if isinstance(module, _NormBase):
+        # One decides by the number of dimensions, the other by a count of batches; neither is known here.
+        stand_in.__dict__["_check_input_dim"] = lambda input: None
+        stand_in.__dict__["momentum"] = 0.1 if module.momentum is None else module.momentum
+    with warnings.catch_warnings(), _attributes_restored(stand_in), _generators_restored():
         warnings.simplefilter("ignore")
-        for module in model.modules():  # a hook that collects features would collect proxies
-            for name in _HOOKS:
-                module.__dict__[name] = OrderedDict()
-        try:
-            return NormTracer().trace(model)
-        except Exception:  # a forward may raise anything when it meets a proxy
-            return None
+        return _ForwardTracer().trace(stand_in)
 
 
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_forward_hooks", "_forward_pre_hooks")))
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 

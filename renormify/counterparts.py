@@ -1,0 +1,180 @@
+"""The class that a norm layer gets when it becomes Batch Renorm.
+
+A layer of torch.nn gets the layer of ours. A class that somebody derived from one keeps all that it is, with
+Batch Renorm put where BatchNorm stood among its ancestors::
+
+    BatchNormAct2d -> BatchNorm2d -> _BatchNorm -> _NormBase -> Module
+    BatchRenormAct2d -> BatchNormAct2d -> BatchRenorm2d -> _BatchRenorm -> _NormBase -> Module
+
+So its methods stay, ``super()`` in them reaches Batch Renorm, and ``isinstance`` tells what it is: still a
+BatchNormAct2d, but no longer a BatchNorm2d, which ``convert_sync_batchnorm`` would replace without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from renormify.forwards import TrainingForward
+from renormify.kernels import per_channel
+from renormify.layers import (
+    AnyBatchRenorm,
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    Renormalised,
+    is_proxy,
+    kept_whole,
+)
+from renormify.sync import SyncBatchRenorm, Synchronised
+
+__all__ = ["Thawed", "WithOwnForward", "class_of", "counterpart", "set_class", "synchronised", "torch_base"]
+
+_LAYERS: dict[type[nn.Module], type[Renormalised]] = {
+    nn.BatchNorm1d: BatchRenorm1d,
+    nn.BatchNorm2d: BatchRenorm2d,
+    nn.BatchNorm3d: BatchRenorm3d,
+    nn.SyncBatchNorm: SyncBatchRenorm,
+    _BatchNorm: AnyBatchRenorm,
+}
+
+
+def torch_base(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The BatchNorm class of torch.nn that a class is or derives from."""
+    return next((base for base in cls.__mro__ if base in _LAYERS), None)
+
+
+def counterpart(cls: type[nn.Module]) -> type[Renormalised]:
+    """The Batch Renorm class for a class of norm layers: BatchNorm, derived from it, or frozen."""
+    base = torch_base(cls)
+    if base is None:
+        return _derived(cls, Thawed)
+    if issubclass(cls, _LazyNormBase):
+        base = cls.cls_to_become or base
+        return _derived(cls, _LAYERS[base])
+    return _LAYERS[base] if cls is base else _derived(cls, _LAYERS[base])
+
+
+def synchronised(cls: type[Renormalised]) -> type[Renormalised]:
+    """The class that joins the batches of all processes, for one that does not."""
+    if issubclass(cls, Synchronised):
+        return cls
+    if issubclass(cls, _Derived):
+        base = _SynchronisedThawed if cls.base is Thawed else SyncBatchRenorm
+        return _derived(cls.original, base)
+    return SyncBatchRenorm
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class; of a parametrized one, the class that it had before."""
+    return nn.utils.parametrize.type_before_parametrizations(module)
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives a module another class; the properties of a parametrized one move onto it."""
+    if nn.utils.parametrize.is_parametrized(module):
+        made = {"__dict__", "__weakref__", "__module__", "__doc__"}
+        own = {name: value for name, value in vars(type(module)).items() if name not in made}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), own)
+    module.__class__ = cls
+
+
+class _WithoutBatchNorm(type):
+    """Leaves BatchNorm out of the ancestors."""
+
+    def mro(cls) -> list[type]:
+        return [ancestor for ancestor in super().mro() if ancestor not in _LAYERS]
+
+
+class _Derived(nn.Module):
+    """A class of someone else's that was given Batch Renorm; made at run time, so pickled by what made it."""
+
+    original: type[nn.Module]
+    base: type[Renormalised]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = tuple(super().__reduce_ex__(protocol))
+        return _new, (self.original, self.base), *state
+
+
+_made: dict[tuple[type[nn.Module], type[Renormalised]], type[Renormalised]] = {}
+
+
+def _derived(original: type[nn.Module], base: type[Renormalised]) -> type[Renormalised]:
+    """The class made of the two; the same one each time."""
+    if (original, base) not in _made:
+        own: dict[str, Any] = {"original": original, "base": base}
+        own |= {"__doc__": original.__doc__, "__module__": original.__module__}
+        bases: tuple[type, ...] = (WithOwnForward, original, base)
+        if issubclass(base, Thawed):
+            bases = (base, original)
+        elif issubclass(original, _LazyNormBase):  # it becomes another class in the midst of its first call
+            bases, own["cls_to_become"] = (_Derived, original, base), base
+        name = original.__name__.replace("BatchNorm", "BatchRenorm")
+        _made[original, base] = cast("type[Renormalised]", _WithoutBatchNorm(name, bases, own))
+    return _made[original, base]
+
+
+def _new(original: type[nn.Module], base: type[Renormalised]) -> Renormalised:
+    cls = _derived(original, base)
+    return cls.__new__(cls)
+
+
+class WithOwnForward(_Derived):
+    """A derived class with a forward of its own."""
+
+    rewritten: TrainingForward | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class has it, with its calls of batch_norm rewritten."""
+        if is_proxy(*args, *kwargs.values()):
+            return kept_whole(self, *args, **kwargs)
+        if self.rewritten is None:  # it leaves the normalising to super(), which is Batch Renorm
+            return super().forward(*args, **kwargs)
+        return self.rewritten(self, *args, **kwargs)
+
+
+class Thawed(_Derived, Renormalised):
+    r"""A frozen BatchNorm, whatever its arithmetic, that follows its batches in training.
+
+    Its forward is an affine by the running statistics, :math:`f(u) = \gamma (u - \mu) / \sigma + \beta`. Of
+    :math:`u = z \sigma + \mu`, where z is the renormalised batch, it makes :math:`\gamma z + \beta`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the class has it; in training, of the renormalised input."""
+        if is_proxy(input):
+            return kept_whole(self, input)
+        if self.training:
+            z = self.renormalise(input, None, None)
+            mean, std = self.running_mean, (self.running_var + self.eps).sqrt()
+            input = torch.addcmul(per_channel(mean, input), z, per_channel(std, input)).to(input.dtype)
+        output: Tensor = super().forward(input)
+        return output
+
+    def thaw(self, momentum: float | None) -> None:
+        """Makes parameters of weight and bias, and lends what a frozen layer lacks."""
+        for name in ("weight", "bias"):
+            constant = self._buffers.pop(name, None)
+            if constant is not None:
+                self.register_parameter(name, nn.Parameter(constant))
+        lent = {"momentum": momentum} | ({} if hasattr(self, "eps") else {"eps": 1e-5})
+        vars(self).update(lent, lent=tuple(lent))
+
+    def freeze(self) -> None:
+        """Undoes :meth:`thaw`."""
+        for name in (*vars(self)["lent"], "lent"):
+            del vars(self)[name]
+        for name in ("weight", "bias"):
+            weight = self._parameters.pop(name, None)
+            if weight is not None:
+                self.register_buffer(name, weight.detach())
+        for name in ("running_mean", "running_var"):  # behind the other two, as they were
+            self._buffers[name] = self._buffers.pop(name)
+
+
+class _SynchronisedThawed(Synchronised, Thawed):
+    pass
