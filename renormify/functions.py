@@ -6,51 +6,88 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from renormify.calls import NormCall, norm_calls
 from renormify.forwards import TrainingForward
-from renormify.graphs import FunctionRewrite, call_layer, layer_of, restore_calls
+from renormify.functional import batch_renorm
+from renormify.graphs import FunctionRewrite, call_module, layer_of
 from renormify.layers import is_batch_renorm
 from renormify.rules import convert_layer
 from renormify.settings import Settings
 from renormify.sites import Site
 
-__all__ = ["convert_forward", "convert_graph", "restore_forward"]
+__all__ = ["BatchRenormCall", "convert_forward", "convert_graph", "restore_forward"]
 
 
 def convert_forward(module: nn.Module, settings: Settings) -> None:
     """Rewrites the calls in a module's own forward. It keeps its class, and gets ``r_max`` and ``d_max``."""
-    _bear_limits(module, settings)
+    limits: Any = module
+    limits.r_max, limits.d_max = float(settings.r_max), float(settings.d_max)
     rewrite = FunctionRewrite(settings.momentum, settings.stat, settings.include_frozen)
     forward = TrainingForward(type(module).forward, rewrite)
     forward.prepare(module)
     vars(module)["forward"] = functools.partial(forward, module)
 
 
+class BatchRenormCall(nn.Module):
+    """A functional call in a graph, as a module without state: it bears the limits, and follows the mode.
+
+    The statistics come as arguments, for they lie wherever the graph has them.
+    """
+
+    def __init__(self, call: NormCall, settings: Settings) -> None:
+        super().__init__()
+        self.r_max, self.d_max, self.stat = float(settings.r_max), float(settings.d_max), settings.stat
+        recorded = call.arguments
+        self.eps: float = recorded["eps"]
+        self.momentum = recorded["momentum"] if settings.momentum == "keep" else settings.momentum
+        self.recorded = {name: recorded[name] for name in ("training", "momentum", "eps")}
+
+    def forward(
+        self,
+        input: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """As :func:`renormify.functional.batch_renorm`."""
+        limits: Any = {"r_max": self.r_max, "d_max": self.d_max, "stat": self.stat}
+        state = (running_mean, running_var, weight, bias)
+        return batch_renorm(input, *state, self.training, self.momentum, self.eps, **limits)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        names = ("eps", "momentum", "r_max", "d_max", "stat")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
 def convert_graph(module: fx.GraphModule, sites: Iterable[Site], path: str, settings: Settings) -> None:
     """Rewrites calls in the graph of a GraphModule, or of the copy of one, that lies under ``path``.
 
-    Where the state of a call lies as that of a BatchNorm layer does, a layer takes its place; else the
-    function does, with limits on the module in whose forward the call was recorded.
+    Where the state of a call lies as that of a BatchNorm layer does, a layer takes its place; else a
+    :class:`BatchRenormCall` does, below the module in whose forward the call was recorded.
     """
     owners = {call.node.name: site.owner for site in sites for call in site.calls}
     for call in [call for call in norm_calls(module.graph) if call.node.name in owners]:
-        place = layer_of(module, call)
-        if place is not None:
-            _make_layer(module.get_submodule(place[0]), place[1], call, settings)
-            call_layer(module, call, place[0])
+        layer = layer_of(module, call)
+        if layer is not None:
+            _make_layer(module.get_submodule(layer[0]), layer[1], call, settings)
+            call_module(module, call, layer[0], ("input",))
             continue
         owner = owners[call.node.name].removeprefix(path).lstrip(".")
         owner = owner if owner in dict(module.named_modules()) else ""
-        _bear_limits(module.get_submodule(owner), settings)
-        FunctionRewrite(settings.momentum, settings.stat, True, owner)(module.graph, call)
+        place = _free_name(module, f"{owner}.batch_renorm".lstrip("."))
+        module.add_submodule(place, BatchRenormCall(call, settings).train(module.training))
+        call_module(module, call, place, ("input", "running_mean", "running_var", "weight", "bias"))
     module.recompile()
 
 
-def _bear_limits(module: nn.Module, settings: Settings) -> None:
-    limits: Any = module
-    limits.r_max, limits.d_max = float(settings.r_max), float(settings.d_max)
+def _free_name(module: fx.GraphModule, wanted: str) -> str:
+    taken = dict(module.named_modules())
+    return next(name for name in (wanted, *(f"{wanted}_{i}" for i in range(len(taken)))) if name not in taken)
 
 
 def _make_layer(holder: Any, kind: type[nn.Module], call: NormCall, settings: Settings) -> None:
@@ -70,12 +107,27 @@ def _make_layer(holder: Any, kind: type[nn.Module], call: NormCall, settings: Se
 
 
 def restore_forward(module: nn.Module) -> bool:
-    """Undoes :func:`convert_forward` and the functions of :func:`convert_graph`; whether there was any."""
+    """Undoes :func:`convert_forward` and the calls of :func:`convert_graph`; whether there was any."""
     if isinstance(module, fx.GraphModule):
-        return restore_calls(module)
+        return _restore_graph(module)
     forward = vars(module).get("forward")
     if not (isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward)):
         return False
     for name in ("forward", "r_max", "d_max"):
         del vars(module)[name]
     return True
+
+
+def _restore_graph(module: fx.GraphModule) -> bool:
+    modules = dict(module.named_modules())
+    nodes = [node for node in module.graph.nodes if node.op == "call_module"]
+    calls = [node for node in nodes if isinstance(modules.get(node.target), BatchRenormCall)]
+    for node in calls:
+        with module.graph.inserting_before(node):
+            restored = module.graph.call_function(F.batch_norm, node.args, modules[node.target].recorded)
+        restored.meta = dict(node.meta)
+        node.replace_all_uses_with(restored)
+        module.graph.erase_node(node)
+        module.delete_submodule(node.target)
+    module.recompile()
+    return bool(calls)

@@ -1,4 +1,4 @@
-"""Calls of batch_norm in a graph, rewritten into Batch Renorm, and back."""
+"""Calls of batch_norm in a graph, rewritten into Batch Renorm."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from renormify.calls import NormCall
 from renormify.functional import batch_renorm
 from renormify.settings import Momentum
 
-__all__ = ["FunctionRewrite", "LayerRewrite", "call_layer", "layer_of", "problem_of", "restore_calls"]
+__all__ = ["FunctionRewrite", "LayerRewrite", "call_module", "is_own", "layer_of", "problem_of"]
 
 
 def problem_of(call: NormCall) -> str | None:
@@ -49,39 +48,31 @@ def is_own(call: NormCall) -> bool:
 
 @dataclass(frozen=True)
 class FunctionRewrite:
-    """Anywhere else: the call becomes one of batch_renorm, with limits that are attributes of a module.
+    """Within the forward of another module: the call becomes one of batch_renorm.
+
+    Its limits are read from the module's attributes ``r_max`` and ``d_max``.
 
     Attributes:
         momentum: see :class:`renormify.settings.Settings`.
         stat: likewise.
-        include_frozen: whether a call with ``training=False`` becomes one that trains.
-        owner: the path of the module that bears the limits and the mode, in what the graph belongs to.
+        include_frozen: likewise.
     """
 
     momentum: Momentum
     stat: str
     include_frozen: bool
-    owner: str = ""
 
     def __call__(self, graph: fx.Graph, call: NormCall) -> None:
-        """Replaces the call, whose own literals for mode and momentum do not hold any more."""
+        """Replaces the call, in a graph that runs in training alone."""
         if problem_of(call) or not (call.trains or self.include_frozen):
             return
         given = call.arguments
         momentum = given["momentum"] if self.momentum == "keep" else self.momentum
+        tensors = (given[name] for name in ("input", "running_mean", "running_var", "weight", "bias"))
         with graph.inserting_before(call.node):
-            training, r_max, d_max = (
-                graph.create_node("get_attr", f"{self.owner}.{name}".lstrip("."))
-                for name in ("training", "r_max", "d_max")
-            )
-            tensors = (given[name] for name in ("input", "running_mean", "running_var", "weight", "bias"))
-            replacement = graph.call_function(
-                batch_renorm,
-                (*tensors, training, momentum, given["eps"]),
-                {"r_max": r_max, "d_max": d_max, "stat": self.stat},
-            )
-        replacement.meta = {**call.node.meta, "momentum": given["momentum"]}
-        _replace(call, replacement)
+            limits = {name: graph.create_node("get_attr", name) for name in ("r_max", "d_max")}
+            arguments = (*tensors, True, momentum, given["eps"])
+            _replace(call, graph.call_function(batch_renorm, arguments, {**limits, "stat": self.stat}))
 
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
@@ -102,10 +93,10 @@ def layer_of(module: fx.GraphModule, call: NormCall) -> tuple[str, type[nn.Modul
     return (place, _DIMENSIONS[value.dim()]) if type(holder) is nn.Module else None
 
 
-def call_layer(module: fx.GraphModule, call: NormCall, place: str) -> None:
-    """Puts a call of the layer in the place of one of the function."""
+def call_module(module: fx.GraphModule, call: NormCall, place: str, arguments: tuple[str, ...]) -> None:
+    """Puts a call of a submodule in the place of one of the function."""
     with module.graph.inserting_before(call.node):
-        replacement = module.graph.call_module(place, (call.arguments["input"],))
+        replacement = module.graph.call_module(place, tuple(call.arguments[name] for name in arguments))
     replacement.meta = dict(call.node.meta)
     _replace(call, replacement)
     _forget_count(module.graph, f"{place}.num_batches_tracked")
@@ -140,23 +131,3 @@ def _forget_count(graph: fx.Graph, target: str) -> None:
                 graph.erase_node(user)
         if not node.users:
             graph.erase_node(node)
-
-
-def restore_calls(module: fx.GraphModule) -> bool:
-    """Turns the calls of batch_renorm in a graph back into calls of batch_norm that follow the mode."""
-    renorms = [node for node in module.graph.nodes if node.target is batch_renorm]
-    for node in renorms:
-        with module.graph.inserting_before(node):
-            *tensors, training, momentum, eps = node.args
-            arguments = (*tensors, training, node.meta.get("momentum", momentum), eps)
-            restored = module.graph.call_function(F.batch_norm, arguments)
-        restored.meta = dict(node.meta)
-        node.replace_all_uses_with(restored)
-        module.graph.erase_node(node)
-        for limit in node.kwargs.values():
-            if isinstance(limit, fx.Node) and not limit.users:
-                bearer, _, name = str(limit.target).rpartition(".")
-                module.get_submodule(bearer).__dict__.pop(name, None)
-                module.graph.erase_node(limit)
-    module.recompile()
-    return bool(renorms)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.parameter import UninitializedBuffer
 
 from renormify.errors import NothingToConvertError, UnsupportedModelError
 from renormify.functions import convert_forward, convert_graph, restore_forward
 from renormify.layers import Renormalised, is_batch_renorm
+from renormify.programs import is_program_module, make_trainable
 from renormify.registry import register_rule, rule_for
 from renormify.rules import (
     apply_rule,
@@ -73,9 +76,16 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every BatchNorm of a model, in the order of its module tree."""
+    """What became of every BatchNorm of a model, in the order of its module tree.
+
+    Attributes:
+        sites: each BatchNorm.
+        notes: what else the user should know, a sentence each: of an exported program, what does not follow
+            train() and eval().
+    """
 
     sites: tuple[SiteReport, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[str, ...]:
@@ -93,6 +103,7 @@ class Report:
             "converted": list(self.converted),
             "skipped": list(self.skipped),
             "sites": [site.to_dict() for site in self.sites],
+            "notes": list(self.notes),
         }
 
 
@@ -109,7 +120,7 @@ class Conversion:
 
 
 def convert(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     r_max: float = 3.0,
     d_max: float = 5.0,
@@ -126,7 +137,8 @@ def convert(
     on working.
 
     Args:
-        model: any module, or a GraphModule, which goes through the pass as a graph.
+        model: any module; a GraphModule, which goes through the pass as a graph; or an exported program, of
+            which a GraphModule comes back that can be trained.
         r_max: the layers' limit on r, at least 1. A pretrained model starts at the paper's final limits: its
             statistics are good already, and without r and d its first steps would be BatchNorm's.
         d_max: the layers' limit on d, at least 0.
@@ -143,21 +155,24 @@ def convert(
 
     Raises:
         NothingToConvertError: when no site is left to convert; the model is as it was.
-        UnsupportedModelError: for something other than a module, a scripted module, one that cannot be
+        UnsupportedModelError: for something that is none of these, a scripted module, one that cannot be
             copied, or a BatchNorm itself with ``inplace=True``.
         InputError: for a setting out of range.
     """
     settings = Settings(r_max, d_max, momentum, stat, include_frozen)
+    if isinstance(model, ExportedProgram):
+        model = model.module()
     _check_model(model)
     verdicts = _judge(find_sites(model), settings, filter_fn)
     _require_some(model, verdicts)
     target = _target(model, inplace)
+    notes = [make_trainable(module) for module in target.modules() if is_program_module(module)]
     target = _apply(target, verdicts, settings)
-    return Conversion(target, _report(verdicts))
+    return Conversion(target, _report(verdicts, tuple(chain(*notes))))
 
 
 def renormify(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     r_max: float = 3.0,
     d_max: float = 5.0,
@@ -297,7 +312,7 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
     return model if path else module
 
 
-def _report(verdicts: _Verdicts) -> Report:
+def _report(verdicts: _Verdicts, notes: tuple[str, ...] = ()) -> Report:
     return Report(
         tuple(
             SiteReport(
@@ -308,7 +323,8 @@ def _report(verdicts: _Verdicts) -> Report:
                 site.channels,
             )
             for site, reason in verdicts
-        )
+        ),
+        notes,
     )
 
 
@@ -318,10 +334,6 @@ def _remark(site: Site) -> str:
 
 
 def _check_model(model: object) -> None:
-    if isinstance(model, torch.export.ExportedProgram):
-        raise UnsupportedModelError(
-            "an ExportedProgram cannot be rewritten yet; convert the nn.Module it came from"
-        )
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module (got {type(model).__name__})")
     if isinstance(model, torch.jit.ScriptModule):
