@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -13,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-__all__ = ["NormCall", "calls_batch_norm", "calls_super_forward", "norm_calls", "unknown_calls"]
+__all__ = [
+    "NormCall",
+    "calls_batch_norm",
+    "calls_super_forward",
+    "index_of",
+    "norm_calls",
+    "operator_name",
+    "unknown_calls",
+]
 
 _ATEN = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _FIXED = tuple(name for name in _ATEN if name != "training")
@@ -60,27 +69,59 @@ class NormCall:
         return self.arguments["training"] is not False
 
 
+def norm_call(node: fx.Node) -> NormCall | None:
+    """The node as a call, if it is one that uses running statistics.
+
+    Without them it is weight standardisation or instance norm.
+    """
+    if node.op != "call_function" or node.target not in _ARGUMENTS:
+        return None
+    names = _ARGUMENTS[node.target]
+    given = zip(names, node.args, strict=False)  # a further argument chooses a kernel
+    arguments = {**_DEFAULTS, **dict(given), **node.kwargs}
+    if "training" not in names:
+        arguments["training"] = node.target not in _EVALUATING
+    for name in ("running_mean", "running_var"):
+        arguments[name] = _origin(arguments.get(name))
+    known = arguments["running_mean"] is not None
+    return NormCall(node, arguments, node.target in _SINGLE) if known else None
+
+
+def index_of(node: fx.Node) -> Any:
+    """Which result of an operator a node takes."""
+    return node.args[1] if node.target is operator.getitem else None
+
+
+def _origin(statistics: Any) -> Any:
+    """Where the statistics came from that an operator without side effects has moved."""
+    while isinstance(statistics, fx.Node) and index_of(statistics) in (3, 4):
+        mover: Any = statistics.args[0]
+        if mover.target not in _ARGUMENTS:
+            break
+        names = _ARGUMENTS[mover.target]
+        statistics = mover.args[names.index("running_mean" if index_of(statistics) == 3 else "running_var")]
+    return statistics
+
+
 def norm_calls(graph: fx.Graph) -> Iterator[NormCall]:
-    """The calls that use running statistics; without them it is weight standardisation or instance norm."""
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target not in _ARGUMENTS:
-            continue
-        names = _ARGUMENTS[node.target]
-        given = zip(names, node.args, strict=False)  # a further argument chooses a kernel
-        arguments = {**_DEFAULTS, **dict(given), **node.kwargs}
-        if "training" not in names:
-            arguments["training"] = node.target not in _EVALUATING
-        if arguments.get("running_mean") is not None:
-            yield NormCall(node, arguments, node.target in _SINGLE)
+    """The calls of a graph, which may be replaced one by one."""
+    for node in list(graph.nodes):
+        call = norm_call(node)
+        if call is not None:
+            yield call
 
 
 def unknown_calls(graph: fx.Graph) -> Iterator[fx.Node]:
     """The calls of operators that are batch_norm by their name, and of no kind that is known here."""
     for node in graph.nodes:
-        name = str(node.target).lower()
-        known = node.target in _ARGUMENTS or "backward" in name or name.startswith("<")
-        if node.op == "call_function" and "batch_norm" in name and not known:
+        known = node.op != "call_function" or node.target in _ARGUMENTS
+        if not known and "batch_norm" in operator_name(node):
             yield node
+
+
+def operator_name(node: fx.Node) -> str:
+    """What the function that a node calls is named."""
+    return str(getattr(node.target, "__name__", node.target))
 
 
 # The same functions as a forward may name them.

@@ -71,7 +71,7 @@ class TrainingForward:
         function, traced_with = self._traced.get(constants, (None, None))
         if function is None or traced_with != attributes:
             graph = trace_forward(module, self.forward, inputs, dict(constants))
-            for call in tuple(norm_calls(graph)):
+            for call in norm_calls(graph):
                 self.rewrite(graph, call)
             code = graph.python_code("self")
             namespace = dict(code.globals)

@@ -31,31 +31,38 @@ def convert_forward(module: nn.Module, settings: Settings) -> None:
     vars(module)["forward"] = functools.partial(forward, module)
 
 
-class BatchRenormCall(nn.Module):
-    """A functional call in a graph, as a module without state: it bears the limits, and follows the mode.
+class BatchNormCall(nn.Module):
+    """A functional call in a graph, as a module without state, which follows the mode.
 
     The statistics come as arguments, for they lie wherever the graph has them.
     """
 
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+
+    def forward(
+        self, input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """As :func:`torch.nn.functional.batch_norm`."""
+        return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum, self.eps)
+
+
+class BatchRenormCall(nn.Module):
+    """The same, of Batch Renorm, with the limits."""
+
     def __init__(self, call: NormCall, settings: Settings) -> None:
         super().__init__()
         self.r_max, self.d_max, self.stat = float(settings.r_max), float(settings.d_max), settings.stat
-        recorded = call.arguments
-        self.eps: float = recorded["eps"]
-        self.momentum = recorded["momentum"] if settings.momentum == "keep" else settings.momentum
-        self.recorded = {name: recorded[name] for name in ("training", "momentum", "eps")}
+        self.eps, self.recorded_momentum = call.arguments["eps"], call.arguments["momentum"]
+        self.momentum = self.recorded_momentum if settings.momentum == "keep" else settings.momentum
 
     def forward(
-        self,
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
+        self, input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """As :func:`renormify.functional.batch_renorm`."""
         limits: Any = {"r_max": self.r_max, "d_max": self.d_max, "stat": self.stat}
-        state = (running_mean, running_var, weight, bias)
+        state = (mean, var, weight, bias)
         return batch_renorm(input, *state, self.training, self.momentum, self.eps, **limits)
 
     def extra_repr(self) -> str:
@@ -71,7 +78,9 @@ def convert_graph(module: fx.GraphModule, sites: Iterable[Site], path: str, sett
     :class:`BatchRenormCall` does, below the module in whose forward the call was recorded.
     """
     owners = {call.node.name: site.owner for site in sites for call in site.calls}
-    for call in [call for call in norm_calls(module.graph) if call.node.name in owners]:
+    for call in norm_calls(module.graph):
+        if call.node.name not in owners:
+            continue
         layer = layer_of(module, call)
         if layer is not None:
             _make_layer(module.get_submodule(layer[0]), layer[1], call, settings)
@@ -108,26 +117,13 @@ def _make_layer(holder: Any, kind: type[nn.Module], call: NormCall, settings: Se
 
 def restore_forward(module: nn.Module) -> bool:
     """Undoes :func:`convert_forward` and the calls of :func:`convert_graph`; whether there was any."""
-    if isinstance(module, fx.GraphModule):
-        return _restore_graph(module)
     forward = vars(module).get("forward")
-    if not (isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward)):
-        return False
-    for name in ("forward", "r_max", "d_max"):
-        del vars(module)[name]
-    return True
-
-
-def _restore_graph(module: fx.GraphModule) -> bool:
-    modules = dict(module.named_modules())
-    nodes = [node for node in module.graph.nodes if node.op == "call_module"]
-    calls = [node for node in nodes if isinstance(modules.get(node.target), BatchRenormCall)]
-    for node in calls:
-        with module.graph.inserting_before(node):
-            restored = module.graph.call_function(F.batch_norm, node.args, modules[node.target].recorded)
-        restored.meta = dict(node.meta)
-        node.replace_all_uses_with(restored)
-        module.graph.erase_node(node)
-        module.delete_submodule(node.target)
-    module.recompile()
+    if isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward):
+        for name in ("forward", "r_max", "d_max"):
+            del vars(module)[name]
+        return True
+    calls = {name: call for name, call in module.named_children() if isinstance(call, BatchRenormCall)}
+    for name, call in calls.items():
+        restored = BatchNormCall(call.recorded_momentum, call.eps)
+        module.add_module(name, restored.train(call.training))
     return bool(calls)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from renormify.calls import NormCall
+from renormify.calls import NormCall, index_of
 from renormify.functional import batch_renorm
+from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renormify.settings import Momentum
 
 __all__ = ["FunctionRewrite", "LayerRewrite", "call_module", "is_own", "layer_of", "problem_of"]
+
+
+_KNOWN_RESULTS = (0, 3, 4)  # the output, and the running statistics as they move
 
 
 def problem_of(call: NormCall) -> str | None:
@@ -22,7 +25,7 @@ def problem_of(call: NormCall) -> str | None:
         statistics = call.arguments[name]
         if not isinstance(statistics, fx.Node) or statistics.op not in ("get_attr", "placeholder"):
             return "its running statistics are computed in the forward, as for instance norm"
-    if not call.single and any(_index(user) in (1, 2) for user in call.node.users):
+    if not call.single and any(index_of(user) not in _KNOWN_RESULTS for user in call.node.users):
         return "the statistics of the batch that it returns are used"
     return None
 
@@ -75,6 +78,7 @@ class FunctionRewrite:
             _replace(call, graph.call_function(batch_renorm, arguments, {**limits, "stat": self.stat}))
 
 
+_aten = torch.ops.aten
 _STATE = ("weight", "bias", "running_mean", "running_var")
 _DIMENSIONS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -90,14 +94,21 @@ def layer_of(module: fx.GraphModule, call: NormCall) -> tuple[str, type[nn.Modul
     if not isinstance(value, Tensor) or value.dim() not in _DIMENSIONS:
         return None
     holder = module.get_submodule(place)
-    return (place, _DIMENSIONS[value.dim()]) if type(holder) is nn.Module else None
+    free = type(holder) in (
+        nn.Module,
+        BatchRenorm1d,
+        BatchRenorm2d,
+        BatchRenorm3d,
+    )  # or made of the same state
+    return (place, _DIMENSIONS[value.dim()]) if free else None
 
 
 def call_module(module: fx.GraphModule, call: NormCall, place: str, arguments: tuple[str, ...]) -> None:
     """Puts a call of a submodule in the place of one of the function."""
     with module.graph.inserting_before(call.node):
         replacement = module.graph.call_module(place, tuple(call.arguments[name] for name in arguments))
-    replacement.meta = dict(call.node.meta)
+    outputs = [user for user in call.node.users if index_of(user) == 0]
+    replacement.meta = dict((outputs or [call.node])[0].meta)
     _replace(call, replacement)
     _forget_count(module.graph, f"{place}.num_batches_tracked")
 
@@ -106,28 +117,29 @@ def _replace(call: NormCall, replacement: fx.Node) -> None:
     graph = call.node.graph
     if call.single:
         call.node.replace_all_uses_with(replacement)
-    for user in list(call.node.users):  # of the results of an operator that gives several
-        if _index(user) == 0:
-            user.replace_all_uses_with(replacement)
-        for mover in list(user.users):  # what moved the running statistics: copy_(running_mean, getitem)
-            graph.erase_node(mover)
-        graph.erase_node(user)
+    moved = {3: call.arguments["running_mean"], 4: call.arguments["running_var"]}
+    for result in list(call.node.users):  # of an operator that gives several
+        index = index_of(result)
+        for user in list(result.users):
+            if user.target is _aten.copy_.default and user.args[0] is moved.get(index):
+                graph.erase_node(user)  # it moved the running statistics, as the replacement does
+        result.replace_all_uses_with(moved.get(index, replacement))
+        graph.erase_node(result)
     graph.erase_node(call.node)
 
 
-def _index(node: fx.Node) -> Any:
-    return node.args[1] if node.target is operator.getitem else None
-
-
-_aten = torch.ops.aten
 _COUNTING = ("add_", operator.iadd, _aten.add_.Tensor, _aten.add.Tensor, _aten.copy_.default)
 
 
 def _forget_count(graph: fx.Graph, target: str) -> None:
     """Removes what counts the batches: the layer counts those that move its statistics."""
     for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == target]:
-        for user in reversed(list(node.users)):  # the copy back of a sum comes behind the sum
-            if user.target in _COUNTING and not user.users:
-                graph.erase_node(user)
-        if not node.users:
-            graph.erase_node(node)
+        _erase_count(node)
+
+
+def _erase_count(node: fx.Node) -> None:
+    for user in reversed(list(node.users)):  # the copy back of a sum comes behind the sum
+        if user.target in _COUNTING:
+            _erase_count(user)
+    if not node.users:
+        node.graph.erase_node(node)

@@ -68,6 +68,7 @@ def _restore_dropout(module: fx.GraphModule, node: fx.Node) -> None:
     module.add_submodule(name, dropout.train(module.training))
     with module.graph.inserting_before(node):
         replacement = module.graph.call_module(name, (node.args[0],))
+    replacement.meta = dict((outputs or [node])[0].meta)
     for replaced in outputs or [node]:
         replaced.replace_all_uses_with(replacement)
         module.graph.erase_node(replaced)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from renormify.calls import NormCall, calls_batch_norm, norm_calls, unknown_calls
+from renormify.calls import NormCall, calls_batch_norm, norm_calls, operator_name, unknown_calls
 from renormify.forwards import calls_in_forward
 from renormify.graphs import problem_of
 from renormify.registry import rule_for
@@ -97,7 +97,7 @@ def _sites_in_graph(path: str, module: fx.GraphModule) -> Iterator[Site]:
         channels = _channels_of(calls[0], module)
         yield Site(name, _CALL, channels, bearer, path, owner, tuple(calls), problem)
     for node in unknown_calls(module.graph):
-        yield Site(path, str(node.target), None, module, path, problem="an operator of unknown kind")
+        yield Site(path, operator_name(node), None, module, path, problem="an operator of unknown kind")
 
 
 _CALL = "batch_norm()"
