@@ -148,6 +148,22 @@ Momentum = Annotated[
 StatOption = Annotated[
     Stat, typer.Option("--stat", help="Average sigma (the paper) or the variance (torch).")
 ]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="PATTERN",
+        show_default=False,
+        help="Convert only sites whose name matches, as 'layer4.*'; may be given several times.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude", metavar="PATTERN", show_default=False, help="Leave out sites whose name matches."
+    ),
+]
+IncludeFrozen = Annotated[bool, typer.Option("--include-frozen", help="Convert frozen BatchNorm too.")]
 
 
 def _show_version(value: bool) -> None:
@@ -178,6 +194,9 @@ def inspect(
     checkpoint: Checkpoint = None,
     model: Model = None,
     weights: Weights = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    include_frozen: IncludeFrozen = False,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -186,7 +205,9 @@ def inspect(
         request = session.request(checkpoint, weights, model)
         from renormify import commands
 
-        session.finish(commands.inspect_checkpoint(request, commands.Settings()))
+        settings = commands.Settings(include_frozen=include_frozen)
+        selection = commands.Selection(tuple(include or ()), tuple(exclude or ()))
+        session.finish(commands.inspect_checkpoint(request, settings, selection))
 
 
 @app.command(
@@ -204,6 +225,9 @@ def convert(
     d_max: DMax = 5.0,
     momentum: Momentum = "0.01",
     stat: StatOption = Stat.sigma,
+    include: Include = None,
+    exclude: Exclude = None,
+    include_frozen: IncludeFrozen = False,
     force: Force = False,
     verbose: Verbose = False,
     html: Html = None,
@@ -214,8 +238,9 @@ def convert(
         request = session.request(checkpoint, weights, model, _shapes(input_shape), output=output)
         from renormify import commands
 
-        settings = commands.Settings(r_max, d_max, _momentum(momentum), stat.value)
-        document = commands.convert_checkpoint(request, output, settings, force=force)
+        settings = commands.Settings(r_max, d_max, _momentum(momentum), stat.value, include_frozen)
+        selection = commands.Selection(tuple(include or ()), tuple(exclude or ()))
+        document = commands.convert_checkpoint(request, output, settings, selection, force=force)
         session.finish(document)
 
 

@@ -25,13 +25,16 @@ from renormify.errors import CheckpointError, InputError, NothingToConvertError
 from renormify.outputs import check_output, staged
 from renormify.proof import example_inputs, prove_unchanged, run
 from renormify.rewriting import Conversion, convert
+from renormify.selection import Selection
 from renormify.settings import Settings
+from renormify.sites import find_sites
 
 if TYPE_CHECKING:
     from renormify.onnx import Parity
 
 __all__ = [
     "Request",
+    "Selection",
     "Settings",
     "convert_checkpoint",
     "export_checkpoint",
@@ -100,7 +103,12 @@ class _NotProvenError(Exception):
 
 
 def convert_checkpoint(
-    request: Request, output: Path, settings: Settings, *, force: bool = False
+    request: Request,
+    output: Path,
+    settings: Settings,
+    selection: Selection = Selection(),  # noqa: B008
+    *,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Converts, proves that nothing changed, and only then writes the checkpoint.
 
@@ -117,7 +125,7 @@ def convert_checkpoint(
     request.progress("Converting")
     document = subject.document("convert") | {"settings": _plain(settings)}
     try:
-        conversion = _convert(subject.model, settings)
+        conversion = _convert(subject.model, settings, selection)
     except NothingToConvertError as error:
         return document | _nothing(error) | {"output": None}
     request.progress("Proving that the outputs are unchanged")
@@ -136,7 +144,11 @@ def convert_checkpoint(
     return document
 
 
-def inspect_checkpoint(request: Request, settings: Settings) -> dict[str, Any]:
+def inspect_checkpoint(
+    request: Request,
+    settings: Settings,
+    selection: Selection = Selection(),  # noqa: B008
+) -> dict[str, Any]:
     """Tells which sites a conversion would convert, and what a checkpoint says of itself.
 
     Where all would be skipped, ``passed`` is false, and ``reason`` says so.
@@ -159,7 +171,7 @@ def inspect_checkpoint(request: Request, settings: Settings) -> dict[str, Any]:
     document |= subject.document("inspect")
     document["dtypes"] = _count_dtypes(dict(subject.model.named_parameters()))
     try:
-        conversion = _convert(subject.model, settings)
+        conversion = _convert(subject.model, settings, selection)
     except NothingToConvertError as error:
         return document | _nothing(error)
     return document | {"report": conversion.report.to_dict()}
@@ -190,7 +202,7 @@ def export_checkpoint(
     args = subject.args()
     document = subject.document("export")
     try:
-        conversion = _convert(subject.model, Settings())
+        conversion = _convert(subject.model, Settings(), Selection())
         model = conversion.model
         document["report"] = conversion.report.to_dict()
     except NothingToConvertError:  # converted by its own factory already, or without BatchNorm from the start
@@ -290,14 +302,9 @@ def _recorded_shapes(checkpoint: Checkpoint | None) -> Shapes | None:
     return tuple(tuple(shape) for shape in recorded) if sound else None
 
 
-def _convert(model: nn.Module, settings: Settings) -> Conversion:
-    return convert(
-        model,
-        r_max=settings.r_max,
-        d_max=settings.d_max,
-        momentum=settings.momentum,
-        stat=settings.stat,
-    )
+def _convert(model: nn.Module, settings: Settings, selection: Selection) -> Conversion:
+    selection.check(site.name for site in find_sites(model))
+    return convert(model, filter_fn=selection, **dataclasses.asdict(settings))
 
 
 def _check_deployable(subject: _Subject) -> None:

@@ -157,7 +157,7 @@ def _sites(report: Mapping[str, Any], full: bool) -> Section:
             [{**site, "name": site["name"] or "(the model itself)"} for site in shown],
             ("name", "kind", "channels", "action", "reason"),
         ),
-        notes=tuple(notes),
+        notes=(*notes, *report.get("notes", ())),
     )
 
 

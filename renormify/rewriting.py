@@ -28,6 +28,7 @@ from renormify.rules import (
     synchronise_layer,
     take_back,
 )
+from renormify.selection import Selection
 from renormify.settings import Momentum, Settings
 from renormify.sites import Site, find_sites
 from renormify.tracing import is_norm
@@ -281,8 +282,9 @@ def _judge(sites: tuple[Site, ...], settings: Settings, filter_fn: Filter | None
 
 
 def _deselection(site: Site, filter_fn: Filter | None) -> str | None:
-    chosen = filter_fn is None or filter_fn(site.module, site.name)
-    return None if chosen else "left out by filter_fn"
+    if filter_fn is None or filter_fn(site.module, site.name):
+        return None
+    return filter_fn.why_not(site.name) if isinstance(filter_fn, Selection) else "left out by filter_fn"
 
 
 def _apply(model: nn.Module, verdicts: _Verdicts, settings: Settings) -> nn.Module:
