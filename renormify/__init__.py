@@ -11,39 +11,74 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from renormify import errors, functional, onnx
+    from renormify.advice import Advice
+    from renormify.diagnosis import Diagnosis, diagnose
+    from renormify.figures import LayerFigures
     from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
     from renormify.rewriting import Conversion, SiteReport, convert, renormify, revert
+    from renormify.schedules import (
+        ConstantSchedule,
+        CosineSchedule,
+        LinearSchedule,
+        PaperSchedule,
+        RenormScheduler,
+    )
     from renormify.sync import SyncBatchRenorm, convert_sync
+    from renormify.training import freeze_stats, recalibrate, unfreeze_stats
 
 __all__ = [
+    "Advice",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "ConstantSchedule",
     "Conversion",
+    "CosineSchedule",
+    "Diagnosis",
+    "LayerFigures",
+    "LinearSchedule",
+    "PaperSchedule",
+    "RenormScheduler",
     "SiteReport",
     "SyncBatchRenorm",
     "convert",
     "convert_sync",
+    "diagnose",
     "errors",
+    "freeze_stats",
     "functional",
     "onnx",
+    "recalibrate",
     "renormify",
     "revert",
+    "unfreeze_stats",
 ]
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Advice": "advice",
     "BatchRenorm1d": "layers",
     "BatchRenorm2d": "layers",
     "BatchRenorm3d": "layers",
+    "ConstantSchedule": "schedules",
     "Conversion": "rewriting",
+    "CosineSchedule": "schedules",
+    "Diagnosis": "diagnosis",
+    "LayerFigures": "figures",
+    "LinearSchedule": "schedules",
+    "PaperSchedule": "schedules",
+    "RenormScheduler": "schedules",
     "SiteReport": "rewriting",
     "SyncBatchRenorm": "sync",
     "convert": "rewriting",
     "convert_sync": "sync",
+    "diagnose": "diagnosis",
+    "freeze_stats": "training",
+    "recalibrate": "training",
     "renormify": "rewriting",
     "revert": "rewriting",
+    "unfreeze_stats": "training",
 }
 
 

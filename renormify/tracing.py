@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from renormify.layers import is_batch_renorm
 
-__all__ = ["NormTracer", "is_norm", "trace"]
+__all__ = ["NormTracer", "generators_restored", "is_norm", "trace"]
 
 
 def class_name(module: nn.Module) -> str:
@@ -54,7 +54,7 @@ def trace(model: nn.Module) -> fx.Graph | None:
 
     The model is afterwards as it was: no attribute or random number generator has moved, no hook has fired.
     """
-    with warnings.catch_warnings(), _attributes_restored(model), _generators_restored():
+    with warnings.catch_warnings(), _attributes_restored(model), generators_restored(model):
         warnings.simplefilter("ignore")
         for module in model.modules():  # a hook that collects features would collect proxies
             for name in _HOOKS:
@@ -70,11 +70,13 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 @contextmanager
-def _generators_restored() -> Iterator[None]:
+def generators_restored(model: nn.Module) -> Iterator[None]:
+    """Gives every random number generator that the model may draw from its state again."""
     numpy = sys.modules.get("numpy")
     before = random.getstate(), None if numpy is None else numpy.random.get_state()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(before[0])
