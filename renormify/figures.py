@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from typing import Any
@@ -135,10 +134,11 @@ class LayerRecord:
     def figures(self) -> LayerFigures:
         """The figures of all calls."""
         layer, (r_max, d_max) = self.layer, self.limits
-        r, d = _stacked(self._r), _stacked(self._d)
+        channels = layer.running_mean.numel()
+        r, d = (torch.stack(v) if v else torch.zeros(0, channels) for v in (self._r, self._d))
         total = reduce(Moments.joined, self._moments, Moments.none())
         running_sigma = (layer.running_var.detach().double() + layer.eps).sqrt()
-        sound = (torch.isfinite(r) & torch.isfinite(d)).all(0)
+        sound = (torch.isfinite(r) & torch.isfinite(d)).all(0) & bool(self._moments)
         live = sound & (total.variance(unbiased=False) > _DEAD * layer.eps)
         step = (total.mean - layer.running_mean.detach().double()) / running_sigma
         growth = self._sigma(total) / running_sigma
@@ -149,7 +149,7 @@ class LayerRecord:
         return LayerFigures(
             name=self.name,
             kind=class_name(layer),
-            channels=layer.running_mean.numel(),
+            channels=channels,
             m=min((moments.number for moments in self._moments), default=0),
             calls=len(self._moments),
             r=_quantiles(r_finite),
@@ -198,10 +198,6 @@ class LayerRecord:
         r_max, d_max = self.limits if is_batch_renorm(self.layer) else (1.0, 0.0)
         missing = (r - r.clamp(1 / r_max, r_max)).square() + (d - d.clamp(-d_max, d_max)).square()
         return missing.mean(0).sqrt().mean().item()
-
-
-def _stacked(vectors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(vectors)) if vectors else torch.zeros(0, 0, dtype=torch.float64)
 
 
 def _quantiles(values: Tensor) -> tuple[float, ...]:

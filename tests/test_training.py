@@ -332,7 +332,7 @@ class InterruptedLoaderError(Exception):
         ([torch.randn(4, 3, 8, 8), torch.randn(4, 2, 8, 8)], InputError, r"fails on .* \(4, 2, 8, 8\)"),
         ([torch.full((4, 3, 8, 8), torch.nan)], InputError, "layer '1' gets inf or NaN"),
         ([torch.randn(1, 3, 5, 5)], InputError, "layer '4' gets 1 value per channel"),
-        (InterruptedLoaderErrorLoaderError, InterruptedLoaderError, "third pass"),
+        (InterruptedLoaderError, InterruptedLoaderError, "third pass"),
     ],
 )
 def test_upon_an_error_the_model_is_as_it_was(batches, error, message):
