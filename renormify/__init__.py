@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from renormify.diagnosis import Diagnosis, diagnose
     from renormify.figures import LayerFigures
     from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+    from renormify.monitoring import Monitor
     from renormify.rewriting import Conversion, SiteReport, convert, renormify, revert
     from renormify.schedules import (
         ConstantSchedule,
@@ -37,6 +38,7 @@ __all__ = [
     "Diagnosis",
     "LayerFigures",
     "LinearSchedule",
+    "Monitor",
     "PaperSchedule",
     "RenormScheduler",
     "SiteReport",
@@ -67,6 +69,7 @@ _HOME = {
     "Diagnosis": "diagnosis",
     "LayerFigures": "figures",
     "LinearSchedule": "schedules",
+    "Monitor": "monitoring",
     "PaperSchedule": "schedules",
     "RenormScheduler": "schedules",
     "SiteReport": "rewriting",
