@@ -1,7 +1,7 @@
 """What a Monitor costs beside the training step that it watches: ResNet-50 at 4x3x128x128.
 
-Run this file with ``--rounds N``. The target, 2 % of a step, is for a sample in every step; with the default of one
-in a hundred it is a hundredth of that.
+Run this file with ``--rounds N``. The target, 2 % of a step, is held to with a sample in every step; by
+default there is one in a hundred.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main() -> None:
             samples.append(time.perf_counter() - middle)
         step, sample = statistics.median(steps[1:]), statistics.median(samples[1:])
         print(
-            f"{name}: a step {1e3 * step:.0f} ms, a sample {1e3 * sample:.1f} ms, {sample / step:.2%} (target 2 %)"
+            f"{name}: a step {1e3 * step:.0f} ms, a sample {1e3 * sample:.1f} ms: {sample / step:.2%}, "
+            "target 2 %"
         )
 
 
