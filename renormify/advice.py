@@ -33,9 +33,9 @@ _TOO_FEW = 2
 _CLIPPED = 0.05
 # Running statistics that tremble by a tenth of a sigma are a drift of their own.
 _TREMBLE = 0.1
-# The paper's limits: none that are wider are lowered below them, and none wider than ten are proposed, where
-# a gradient would be scaled by that much.
+# The paper's limits: wider ones are not lowered below them.
 _PAPER_LIMITS = (3.0, 5.0)
+# None wider is proposed: r scales the gradient.
 _WIDEST = 10.0
 
 
@@ -75,7 +75,12 @@ def advise(layers: Sequence[LayerFigures], grouping: float | None = None) -> tup
         *_momentum(seen),
     )
     if not any(found.action in ("keep", "renormify", "freeze", "other_norm") for found in advice):
-        return (*advice, Advice("keep", _names(seen), "every layer that the batches reach is frozen already"))
+        why = (
+            "every layer that the forward reaches is frozen already"
+            if seen
+            else "the forward reaches no layer"
+        )
+        return (*advice, Advice("keep", _names(seen), why))
     return advice
 
 

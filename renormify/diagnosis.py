@@ -24,7 +24,7 @@ from renormify.advice import Advice, advise
 from renormify.errors import InputError, NothingToConvertError, RenormifyWarning
 from renormify.figures import QUANTILES, LayerFigures, LayerRecord
 from renormify.layers import is_batch_renorm
-from renormify.observation import Inputs, calls_of, copied, norm_layers, run, watched
+from renormify.observation import Inputs, calls_of, copied, eager, norm_layers, run, watched
 from renormify.rewriting import Report, convert
 from renormify.rules import Settings
 from renormify.tracing import generators_restored, is_norm
@@ -100,9 +100,7 @@ def diagnose(model: nn.Module, batches: Iterable[Any], *, max_batches: int = 32)
     """
     if max_batches < 1:
         raise InputError(f"max_batches must be at least 1 (got {max_batches})")
-    model = getattr(
-        model, "_orig_mod", model
-    )  # a compiled model's own, which its copy need not compile again
+    model = eager(model)
     originals = norm_layers(model, purpose="to diagnose")
     with generators_restored(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", RenormifyWarning)  # what the layers warn of is in the figures

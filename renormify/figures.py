@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import reduce
+from statistics import mode
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class LayerFigures:
         name: its path in the model.
         kind: its class.
         channels: how many.
-        m: values per channel in a batch; of the smallest batch. 0 where the forward does not reach the layer.
+        m: values per channel in a batch, in most of them. 0 where the forward does not reach the layer.
         calls: how often it was called.
         r: the quantiles :data:`QUANTILES` of :math:`\sigma_B / \sigma` over channels and batches, before
             limits; empty where there is nothing finite.
@@ -134,8 +135,8 @@ class LayerRecord:
     def figures(self) -> LayerFigures:
         """The figures of all calls."""
         layer, (r_max, d_max) = self.layer, self.limits
-        channels = layer.running_mean.numel()
-        r, d = (torch.stack(v) if v else torch.zeros(0, channels) for v in (self._r, self._d))
+        nothing = layer.running_mean.new_zeros(0, layer.running_mean.numel())
+        r, d = (torch.stack(rows) if rows else nothing for rows in (self._r, self._d))
         total = reduce(Moments.joined, self._moments, Moments.none())
         running_sigma = (layer.running_var.detach().double() + layer.eps).sqrt()
         sound = (torch.isfinite(r) & torch.isfinite(d)).all(0) & bool(self._moments)
@@ -149,8 +150,8 @@ class LayerRecord:
         return LayerFigures(
             name=self.name,
             kind=class_name(layer),
-            channels=channels,
-            m=min((moments.number for moments in self._moments), default=0),
+            channels=layer.running_mean.numel(),
+            m=mode(moments.number for moments in self._moments) if self._moments else 0,
             calls=len(self._moments),
             r=_quantiles(r_finite),
             d=_quantiles(d_finite),
@@ -203,7 +204,7 @@ class LayerRecord:
 def _quantiles(values: Tensor) -> tuple[float, ...]:
     if values.numel() == 0:
         return ()
-    return tuple(torch.quantile(values, torch.tensor(QUANTILES, dtype=values.dtype)).tolist())
+    return tuple(torch.quantile(values, values.new_tensor(QUANTILES)).tolist())
 
 
 def _share(chosen: Tensor) -> float:

@@ -111,7 +111,7 @@ class Monitor:
     ) -> None:
         if every < 1 or patience < 1:
             raise InputError(f"every and patience must be at least 1 (got {every} and {patience})")
-        self._layers = norm_layers(getattr(model, "_orig_mod", model), purpose="to monitor")
+        self._layers = norm_layers(model, purpose="to monitor")
         self._every, self._prefix, self._per_layer, self._patience = every, prefix, per_layer, patience
         self._step = 0
         self._before: dict[str, _Reading] | None = None
@@ -239,7 +239,7 @@ def _limits_of(layer: nn.Module) -> tuple[float, float]:
 
 
 def _quantiles(name: str, values: Tensor) -> dict[str, float]:
-    marks = torch.quantile(values, torch.tensor(list(_QUANTILES.values()), dtype=values.dtype))
+    marks = torch.quantile(values, values.new_tensor(list(_QUANTILES.values())))
     return {f"{name}_{key}": mark for key, mark in zip(_QUANTILES, marks.tolist(), strict=True)}
 
 

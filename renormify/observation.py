@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from renormify.errors import InputError, NothingToConvertError, UnsupportedModelError, one_line
 from renormify.kernels import positions
@@ -25,6 +26,7 @@ __all__ = [
     "SeenEnoughError",
     "calls_of",
     "copied",
+    "eager",
     "moments_of",
     "norm_layers",
     "replayable",
@@ -73,10 +75,17 @@ class Moments(NamedTuple):
         return self.squares / max(self.number - unbiased, 1)
 
 
+def eager(model: nn.Module) -> nn.Module:
+    """The model itself, where it is a compiled one: hooks run in it, and its layers have their own names."""
+    return getattr(model, "_orig_mod", model)
+
+
 def norm_layers(
     model: nn.Module, filter_fn: Filter | None = None, purpose: str = "to look at"
 ) -> dict[str, Any]:
     """The layers of a model that have running statistics, by their paths, in the order of its module tree.
+
+    Layers whose class is frozen, which hold constants, are none of them.
 
     Args:
         model: any module.
@@ -90,7 +99,9 @@ def norm_layers(
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module (got {type(model).__name__})")
     layers = {
-        name: module for name, module in model.named_modules() if is_norm(module) and _has_statistics(module)
+        name: module
+        for name, module in eager(model).named_modules()
+        if is_norm(module) and isinstance(module, _NormBase) and _has_statistics(module)
     }
     if not layers:
         raise NothingToConvertError(

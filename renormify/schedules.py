@@ -312,6 +312,8 @@ def limits_at(schedule: Schedule | Callable[[int], Limits], step: int) -> Limits
     Raises:
         InputError: they are not a pair of numbers in range; the message names the schedule and the step.
     """
+    if not isinstance(schedule, Schedule) and not callable(schedule):
+        raise InputError(f"expected a schedule or a function of the step (got {type(schedule).__name__})")
     limits = schedule.at(step) if isinstance(schedule, Schedule) else schedule(step)
     return _check_limits(schedule, limits, f" at step {step}")
 

@@ -19,6 +19,7 @@ from renormify.observation import (
     Moments,
     SeenEnoughError,
     calls_of,
+    eager,
     moments_of,
     norm_layers,
     replayable,
@@ -139,7 +140,7 @@ def recalibrate(
         InputError: there is no batch, or the model fails on one, or a layer gets inf, NaN or a single value
             per channel. Upon this and any other exception the model is as it was.
     """
-    layers = norm_layers(model, filter_fn, "to recalibrate")
+    model, layers = eager(model), norm_layers(model, filter_fn, "to recalibrate")
     batches = replayable(batches)
     with torch.no_grad(), generators_restored(model), _evaluating(model), _restored_upon_error(layers):
         times = _count_calls(model, layers, batches)

@@ -163,6 +163,11 @@ def test_a_schedule_that_goes_out_of_range_is_named_with_the_step(bad, message):
     assert scheduler.state_dict() == {"step": 2}
 
 
+def test_something_that_is_no_schedule_is_named():
+    with pytest.raises(InputError, match=r"a schedule or a function of the step \(got float\)"):
+        RenormScheduler(net(), 3.0)
+
+
 def test_groups_of_layers_go_their_own_way():
     model = net()
     scheduler = RenormScheduler(
@@ -224,19 +229,19 @@ def test_an_interrupted_run_ends_as_the_whole_one_bit_for_bit(tmp_path):
         model = net().train()
         return (
             model,
-            RenormScheduler(model, CosineSchedule(60, start=0.1, end=0.9)),
+            RenormScheduler(model, CosineSchedule(200, start=0.1, end=0.9)),
             torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
         )
 
     whole = start()
-    _train(*whole, range(60))
+    _train(*whole, range(200))
     part = start()
-    _train(*part, range(29))
+    _train(*part, range(97))
     torch.save([each.state_dict() for each in part], tmp_path / "state.pt")
     resumed = start()
     for each, state in zip(resumed, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
         each.load_state_dict(state)
-    _train(*resumed, range(29, 60))
+    _train(*resumed, range(97, 200))
     for key, value in whole[0].state_dict().items():
         assert torch.equal(value, resumed[0].state_dict()[key]), key
     assert limits(whole[0]) == limits(resumed[0])

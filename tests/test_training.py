@@ -269,6 +269,13 @@ def test_masked_positions_do_not_count():
     np.testing.assert_allclose(model.norm.running_var, kept.var(0), rtol=1e-5)
 
 
+def test_a_compiled_model():
+    model, x = renormify(net()), torch.randn(4, 3, 8, 8)
+    twin = copy.deepcopy(model)
+    assert recalibrate(torch.compile(model), [x]) == recalibrate(twin, [x]) == ("1", "4")
+    assert same(model, state(twin))
+
+
 def test_by_filter_and_frozen():
     model = freeze(renormify(net()))
     before = state(model)
