@@ -119,12 +119,17 @@ def _dependence_on_the_batch(layers: Sequence[LayerFigures], grouping: float | N
     harmed = [layer for layer in measured if depends(layer) > _SPREAD]
     most = depends(measured[math.ceil(_LAYERS * len(measured)) - 1])
     if len(harmed) < max(1, _LAYERS * len(measured)):
+        if any(layer.fresh for layer in training):
+            then = (
+                "; but these are statistics of an untrained model, so look again once it has learnt something"
+            )
+        else:
+            then = ": BatchNorm would do as well" if all(layer.renormed for layer in training) else ""
         yield Advice(
             "keep",
             _names(training),
             f"{what} by less than {_SPREAD} sigma (at most {depends(worst):.2f}, in {_named(worst)}; "
-            f"{most:.2f} in the worst tenth of the layers)"
-            + (": BatchNorm would do as well" if all(layer.renormed for layer in training) else ""),
+            f"{most:.2f} in the worst tenth of the layers){then}",
         )
         return
     evidence = (

@@ -295,6 +295,7 @@ def test_a_converted_model_is_told_what_batch_renorm_is_for():
 
 def test_statistics_as_they_were_made_want_the_papers_schedule():
     found = advice_of(BatchRenorm1d(16), list(torch.randn(9, 32, 16) * 5 + 3))
+    assert "look again" in found["keep"].evidence
     assert "PaperSchedule" in found["limits"].evidence
     assert "recalibrate" not in found
 
