@@ -17,9 +17,8 @@ from renormify import BatchRenorm2d, Monitor, PaperSchedule, RenormScheduler, di
 def digits() -> tuple[Tensor, Tensor]:
     """1,797 handwritten digits as (N, 1, 8, 8), shuffled, and their labels."""
     bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    order = torch.randperm(len(images))
-    return images[order], torch.tensor(bunch.target)[order]
+    order = torch.randperm(len(bunch.target))
+    return torch.tensor(bunch.images).float().unsqueeze(1)[order] / 8 - 1, torch.tensor(bunch.target)[order]
 
 
 def network() -> nn.Module:
@@ -40,8 +39,7 @@ def main() -> None:
     steps = parser.parse_args().steps
     torch.manual_seed(0)
     images, labels = digits()
-    train, test = images[:-400], images[-400:]
-    model = network()
+    train, test, model = images[:-400], images[-400:], network()
 
     # 1. What does diagnose say of a network whose statistics mean nothing as yet?
     for advice in diagnose(model, train.split(4)).advice:

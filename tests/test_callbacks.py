@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -243,6 +246,20 @@ def test_transformers_logs_and_exports(tmp_path):
     assert len(logged) == 2
     assert [entry["step"] for entry in trainer.state.log_history if "renorm/gap" in entry] == [3, 6]
     assert (tmp_path / "net.onnx").is_file()
+
+
+# --- Accelerate ------------------------------------------------------------------------------------------
+
+
+def test_two_processes_of_torchrun_with_accelerate_train_as_one():
+    """Schedule, monitor and frozen layers in a plain loop, with gloo and SyncBatchRenorm."""
+    worker = Path(__file__).with_name("accelerate_worker.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
+    root = worker.parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert all(f"process {rank} of 2 agrees" in done.stdout for rank in range(2))
 
 
 # --- both ------------------------------------------------------------------------------------------------
