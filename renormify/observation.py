@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import reduce
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ __all__ = [
     "run",
     "watched",
 ]
+
+
+_MOST = 1 << 22  # values that are in float64 at a time
 
 
 class Call(NamedTuple):
@@ -226,10 +230,14 @@ def watched(layers: Mapping[str, nn.Module], look: Callable[[str, Inputs], None]
 
 
 def moments_of(values: Tensor) -> Moments:
-    """Those of :math:`(C, m)` values; zero where m is."""
+    """Those of :math:`(C, m)` values."""
+    # By parts, since an activation in float64 may be more than there is memory for.
+    parts = torch.split(values, max(_MOST // len(values), 1), dim=1)
+    return reduce(Moments.joined, map(_moments_of_part, parts), Moments.none())
+
+
+def _moments_of_part(values: Tensor) -> Moments:
     values = values.to(torch.float64)
-    if values.shape[1] == 0:
-        return Moments(0, *values.new_zeros(2, values.shape[0]).unbind())
     mean = values.mean(1)
     return Moments(values.shape[1], mean, (values - mean.unsqueeze(1)).square().sum(1))
 

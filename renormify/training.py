@@ -53,9 +53,8 @@ def freeze_stats(model: nn.Module, *, filter_fn: Filter | None = None) -> tuple[
     layers = norm_layers(model, filter_fn, "to freeze")
     for layer in layers.values():
         if not is_frozen(layer):
-            held = _Held(layer, layer.training)
-            layer.eval()
-            layer.__dict__["train"] = held
+            layer.__dict__["train"] = _Held(layer, layer.training)
+            layer.training = False  # not by eval(), which would take the layer's children along
     return tuple(layers)
 
 

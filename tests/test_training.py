@@ -155,8 +155,11 @@ def test_by_filter():
 
 
 def test_subclasses_that_renormify_skips_can_be_frozen_and_keep_their_children_in_training():
-    model, x = net(Activated), torch.randn(64, 3, 8, 8)
+    model, x = net(Activated).train(), torch.randn(64, 3, 8, 8)
     freeze_stats(model)
+    assert model[1].drop.training
+    model.eval()
+    assert not model[1].drop.training
     model.train()
     before = state(model)
     output = model[1](model[0](x))
@@ -369,3 +372,11 @@ def test_recalibrated_statistics_are_what_converting_wants():
         trained, evaluated = copy.deepcopy(model).train()(x), model.eval()(x)
     torch.testing.assert_close(trained, evaluated, rtol=1e-4, atol=1e-4)
     assert all(is_batch_renorm(layer) for layer in norms(model))
+
+
+def test_values_that_come_in_parts_are_counted_as_a_whole(monkeypatch):
+    monkeypatch.setattr("renormify.observation._MOST", 50)
+    x, layer = torch.randn(40, 6) * 3 + 100, BatchRenorm1d(6)
+    recalibrate(layer, x.split(17))
+    np.testing.assert_allclose(layer.running_mean, x.double().numpy().mean(0), rtol=1e-6)
+    np.testing.assert_allclose(layer.running_var, x.double().numpy().var(0), rtol=1e-6)
