@@ -64,7 +64,7 @@ def advise(layers: Sequence[LayerFigures], grouping: float | None = None) -> tup
 
     Args:
         layers: the figures of each.
-        grouping: see :class:`renormify.diagnosis.Diagnosis`.
+        grouping: see :class:`renormify.diagnosis.Diagnosis`; None where it can be chance.
     """
     seen = [layer for layer in layers if layer.calls]
     advice = (

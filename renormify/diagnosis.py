@@ -131,9 +131,11 @@ def diagnose(model: nn.Module, batches: Iterable[Any], *, max_batches: int = 32)
                 run(subject, call)
     order = [*reached, *(name for name in records if name not in reached)]
     figures = tuple(records[name].figures() for name in order)
-    grouping = records[order[0]].grouping()
+    first = records[order[0]]
+    grouping = first.grouping()
     unseen = tuple((name, reason) for name, reason in reasons.items() if name not in records)
-    return Diagnosis(figures, advise(figures, grouping), number, grouping, unseen)
+    grouped = grouping is not None and grouping > first.grouping_by_chance()
+    return Diagnosis(figures, advise(figures, grouping if grouped else None), number, grouping, unseen)
 
 
 _DEFAULTS = Settings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from statistics import mode
@@ -114,6 +115,7 @@ class LayerRecord:
     _r: list[Tensor] = field(default_factory=list)
     _d: list[Tensor] = field(default_factory=list)
     _expected: list[Tensor] = field(default_factory=list)
+    _samples: int = 0
     _nonfinite: int = 0
 
     def see(self, inputs: Inputs, running_mean: Tensor, running_var: Tensor) -> None:
@@ -131,6 +133,7 @@ class LayerRecord:
         if n > 1 and inputs.mask is None:
             means = inputs.input.detach().double().reshape(n, len(sigma), -1).mean(2)
             self._expected.append(means.var(0) / n)
+            self._samples += n
 
     def figures(self) -> LayerFigures:
         """The figures of all calls."""
@@ -185,6 +188,16 @@ class LayerRecord:
         observed = torch.stack([moments.mean for moments in self._moments]).var(0)
         expected = (torch.stack(self._expected).mean(0) / scale).sum().item()
         return (observed / scale).sum().item() / expected if expected > 0 else None
+
+    def grouping_by_chance(self) -> float:
+        """The grouping that some one in a hundred sets of shuffled batches exceeds.
+
+        It is a ratio of two variances, F-distributed with one degree of freedom less than batches, and less
+        than samples in each of these; by the normal approximation of its logarithm.
+        """
+        batches = len(self._moments)
+        above, below = batches - 1, self._samples - batches
+        return math.exp(2.33 * math.sqrt(2 / above + 2 / below)) if above > 0 and below > 0 else math.inf
 
     def _spread(self, total: Moments, live: Tensor) -> float | None:
         if len(self._moments) < 2 or not live.any():
