@@ -72,7 +72,7 @@ class Monitor:
     layer; ``gap``: how far training is from evaluation, in units of sigma, as in :func:`renormify.diagnose`;
     ``r_max, d_max``: the widest limits; ``dead``: channels without any variance; ``still``: layers that are
     not frozen and whose statistics did not move; ``rejected``: batches with inf or NaN so far, over all
-    layers.
+    layers. Where no statistic moved there are none of r and d, and of what follows from them.
 
     BatchNorm layers are measured against the limits that renormify would give them.
 

@@ -155,7 +155,7 @@ def test_bad_data_is_one_line(tmp_path, folder):
     assert "max_batches must be at least 1" in refusal(*MODEL, "--data", folder, "--max-batches", 0)
     assert "--mean 'a': expected numbers" in refusal(*MODEL, "--data", folder, "--mean", "a")
     assert "std above 0" in refusal(*MODEL, "--data", folder, "--std", "1,0,1")
-    assert "mean and std have 2 channels" in refusal(
+    assert "mean and std have 2 channels, the model takes 3: give --mean and --std" in refusal(
         *MODEL, "--data", folder, "--mean", "1,1", "--std", "1,1"
     )
     assert "--data" in refusal("diagnose", "--model", "torchvision:mobilenet_v2")
