@@ -107,7 +107,8 @@ class Samples:
         _, channels, height, width = shape
         if len(self.mean) not in (1, channels):
             raise InputError(
-                f"mean and std have {len(self.mean)} channels, the model takes {channels}: give --mean and --std"
+                f"mean and std have {len(self.mean)} channels, the model takes {channels}: "
+                "give --mean and --std"
             )
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         images = []
