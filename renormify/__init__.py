@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from renormify import errors, functional, onnx
+    from renormify.advice import Advice
+    from renormify.diagnosis import Diagnosis, diagnose
+    from renormify.figures import LayerFigures
     from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+    from renormify.monitoring import Monitor
     from renormify.rewriting import (
         Conversion,
         SiteReport,
@@ -21,39 +25,73 @@ if TYPE_CHECKING:
         renormify,
         revert,
     )
+    from renormify.schedules import (
+        ConstantSchedule,
+        CosineSchedule,
+        LinearSchedule,
+        PaperSchedule,
+        RenormScheduler,
+    )
     from renormify.sync import SyncBatchRenorm
+    from renormify.training import freeze_stats, recalibrate, unfreeze_stats
 
 __all__ = [
+    "Advice",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "ConstantSchedule",
     "Conversion",
+    "CosineSchedule",
+    "Diagnosis",
+    "LayerFigures",
+    "LinearSchedule",
+    "Monitor",
+    "PaperSchedule",
+    "RenormScheduler",
     "SiteReport",
     "SyncBatchRenorm",
     "convert",
     "convert_sync",
+    "diagnose",
     "errors",
+    "freeze_stats",
     "functional",
     "onnx",
+    "recalibrate",
     "register_rule",
     "renormify",
     "revert",
+    "unfreeze_stats",
 ]
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Advice": "advice",
     "BatchRenorm1d": "layers",
     "BatchRenorm2d": "layers",
     "BatchRenorm3d": "layers",
+    "ConstantSchedule": "schedules",
     "Conversion": "rewriting",
+    "CosineSchedule": "schedules",
+    "Diagnosis": "diagnosis",
+    "LayerFigures": "figures",
+    "LinearSchedule": "schedules",
+    "Monitor": "monitoring",
+    "PaperSchedule": "schedules",
+    "RenormScheduler": "schedules",
     "SiteReport": "rewriting",
     "SyncBatchRenorm": "sync",
     "convert": "rewriting",
     "convert_sync": "rewriting",
+    "diagnose": "diagnosis",
+    "freeze_stats": "training",
+    "recalibrate": "training",
     "register_rule": "rewriting",
     "renormify": "rewriting",
     "revert": "rewriting",
+    "unfreeze_stats": "training",
 }
 
 

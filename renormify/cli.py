@@ -302,6 +302,52 @@ def verify(
         session.finish(document)
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "renormify diagnose net.pth --model torchvision:resnet18 --data train-images --batch-size 4\n\n"
+    "renormify diagnose net.pth --model my.models:build --data inputs.npz --html report.html"
+)
+def diagnose(
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            metavar="FOLDER|FILE.npz",
+            show_default=False,
+            help="Images, also in folders within; or an array (N, ...) as the model takes it.",
+        ),
+    ],
+    checkpoint: Checkpoint = None,
+    model: Model = None,
+    weights: Weights = None,
+    input_shape: Shape = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="The one you will train with.")] = 4,
+    max_batches: Annotated[int, typer.Option("--max-batches", help="As many are looked at.")] = 32,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle/--no-shuffle", help="Draw at random, or in the order of the data.")
+    ] = True,
+    mean: Annotated[
+        str, typer.Option("--mean", metavar="R,G,B", help="Subtracted from images of values from 0 to 1.")
+    ] = "0.485,0.456,0.406",
+    std: Annotated[
+        str, typer.Option("--std", metavar="R,G,B", help="What images are divided by then.")
+    ] = "0.229,0.224,0.225",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every layer.")] = False,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Look at the norm layers at your own batch size: which suffer, and what to do."""
+    with session_of(as_json, html, full=verbose) as session:
+        request = session.request(checkpoint, weights, model, _shapes(input_shape), reads=data)
+        from renormify import commands
+        from renormify.samples import Samples
+
+        samples = Samples(
+            data, batch_size, max_batches, shuffle, _numbers("--mean", mean), _numbers("--std", std)
+        )
+        session.finish(commands.diagnose_checkpoint(request, samples))
+
+
 @app.command(epilog="Examples:\n\nrenormify demo\n\nrenormify demo -o /tmp/demo --json")
 def demo(
     output: Annotated[
@@ -351,6 +397,13 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise InputError(f"--batch-sizes {text!r}: expected positive whole numbers, as 1,2,7")
     return sizes
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option} {text!r}: expected numbers, as 0.5,0.5,0.5") from None
 
 
 def _momentum(text: str) -> float | Literal["keep"]:

@@ -21,10 +21,12 @@ from renormify.checkpoints import (
     load_weights,
     save_checkpoint,
 )
+from renormify.diagnosis import diagnose
 from renormify.errors import CheckpointError, InputError, NothingToConvertError
 from renormify.outputs import check_output, staged
 from renormify.proof import example_inputs, prove_unchanged, run
 from renormify.rewriting import Conversion, convert
+from renormify.samples import Samples
 from renormify.selection import Selection
 from renormify.settings import Settings
 from renormify.sites import find_sites
@@ -37,6 +39,7 @@ __all__ = [
     "Selection",
     "Settings",
     "convert_checkpoint",
+    "diagnose_checkpoint",
     "export_checkpoint",
     "inspect_checkpoint",
     "verify_file",
@@ -175,6 +178,30 @@ def inspect_checkpoint(
     except NothingToConvertError as error:
         return document | _nothing(error)
     return document | {"report": conversion.report.to_dict()}
+
+
+def diagnose_checkpoint(request: Request, samples: Samples) -> dict[str, Any]:
+    """Looks at the norm layers of a model with a user's data, at his batch size; advice is no failure.
+
+    Raises:
+        RenormifyError: something given cannot be used, or there is no norm layer.
+    """
+    samples.check()
+    subject = _load(request)
+    if subject.shapes is not None and len(subject.shapes) > 1:
+        raise InputError(
+            f"{subject.source} takes {len(subject.shapes)} inputs; diagnose(model, batches) does so"
+        )
+    dtype = next((p.dtype for p in subject.model.parameters() if p.dtype.is_floating_point), torch.float32)
+    request.progress(f"Reading {samples.path}")
+    batches = samples.batches(None if subject.shapes is None else subject.shapes[0], dtype)
+    request.progress("Looking at the norm layers")
+    diagnosis = diagnose(subject.model, batches, max_batches=len(batches))
+    return subject.document("diagnose") | {
+        "data": samples.to_dict(),
+        "diagnosis": diagnosis.to_dict(),
+        "passed": True,
+    }
 
 
 def export_checkpoint(

@@ -21,10 +21,18 @@ from renormify.sites import Site
 __all__ = ["BatchRenormCall", "convert_forward", "convert_graph", "restore_forward"]
 
 
+def _limits(settings: Settings) -> dict[str, Any]:
+    """The attributes of a module that bears limits without being a layer."""
+    return {
+        "r_max": float(settings.r_max),
+        "d_max": float(settings.d_max),
+        "calls_batch_renorm": True,
+    }
+
+
 def convert_forward(module: nn.Module, settings: Settings) -> None:
     """Rewrites the calls in a module's own forward. It keeps its class, and gets ``r_max`` and ``d_max``."""
-    limits: Any = module
-    limits.r_max, limits.d_max = float(settings.r_max), float(settings.d_max)
+    vars(module).update(_limits(settings))
     rewrite = FunctionRewrite(settings.momentum, settings.stat, settings.include_frozen)
     forward = TrainingForward(type(module).forward, rewrite)
     forward.prepare(module)
@@ -51,9 +59,13 @@ class BatchNormCall(nn.Module):
 class BatchRenormCall(nn.Module):
     """The same, of Batch Renorm, with the limits."""
 
+    r_max: float
+    d_max: float
+
     def __init__(self, call: NormCall, settings: Settings) -> None:
         super().__init__()
-        self.r_max, self.d_max, self.stat = float(settings.r_max), float(settings.d_max), settings.stat
+        vars(self).update(_limits(settings))
+        self.stat = settings.stat
         self.eps, self.recorded_momentum = call.arguments["eps"], call.arguments["momentum"]
         self.momentum = self.recorded_momentum if settings.momentum == "keep" else settings.momentum
 
@@ -119,7 +131,7 @@ def restore_forward(module: nn.Module) -> bool:
     """Undoes :func:`convert_forward` and the calls of :func:`convert_graph`; whether there was any."""
     forward = vars(module).get("forward")
     if isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward):
-        for name in ("forward", "r_max", "d_max"):
+        for name in ("forward", *_limits(Settings())):
             del vars(module)[name]
         return True
     calls = {name: call for name, call in module.named_children() if isinstance(call, BatchRenormCall)}

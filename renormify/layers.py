@@ -22,6 +22,7 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "Renormalised",
+    "bears_limits",
     "is_batch_renorm",
     "is_proxy",
     "kept_whole",
@@ -304,6 +305,11 @@ def _documented(dims: str, shape: str, example: str) -> Callable[[type], type]:
         return cls
 
     return document
+
+
+def bears_limits(module: nn.Module) -> TypeGuard[Renormalised]:
+    """Whether ``r_max`` and ``d_max`` of a module are those of Batch Renorm: a layer's, or of its calls."""
+    return is_batch_renorm(module) or getattr(module, "calls_batch_renorm", False) is True
 
 
 def is_batch_renorm(module: nn.Module) -> TypeGuard[Renormalised]:

@@ -1,8 +1,8 @@
 """Results for people and for machines: rich tables, one HTML page, JSON.
 
 All three are renderings of the same document, the ``to_dict()`` of the result objects under the keys
-``report``, ``proof``, ``export`` and ``parity``. Nothing is computed here that is not in it, so that a
-document read back from JSON renders alike.
+``report``, ``proof``, ``export``, ``parity`` and ``diagnosis``. Nothing is computed here that is not in it,
+so that a document read back from JSON renders alike.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from renormify import __version__
 from renormify.errors import MissingExtraError
+from renormify.pictures import quantile_bands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,8 @@ __all__ = ["Section", "html_page", "print_sections", "sections", "to_json"]
 
 # More rows than a screen holds are summarised, unless everything was asked for.
 _LONG = 24
+_WORST = 12
+_FAR = 100.0  # an infinite limit, which is null in JSON, is drawn here
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 
 
@@ -40,6 +43,7 @@ class Section:
         headers: of its table's columns.
         rows: of its table; without any there is no table.
         notes: further lines.
+        pictures: SVG elements, which the HTML page alone shows.
     """
 
     title: str
@@ -48,6 +52,7 @@ class Section:
     headers: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
 
 
 def to_json(document: Mapping[str, Any]) -> str:
@@ -76,6 +81,8 @@ def sections(document: Mapping[str, Any], *, full: bool = False) -> tuple[Sectio
         found.append(_export(document["export"], full))
     if document.get("parity") is not None:
         found.append(_parity(document["parity"]))
+    if document.get("diagnosis") is not None:
+        found += [_advice(document["diagnosis"]), _layers(document["diagnosis"], full)]
     return tuple(found)
 
 
@@ -123,7 +130,8 @@ def _subject(document: Mapping[str, Any]) -> Section:
     facts = [("weights", str(weights))]
     if document.get("input_shape"):
         facts.append(("input", ", ".join("x".join(map(str, shape)) for shape in document["input_shape"])))
-    facts += [(key, _text(value)) for key, value in (document.get("settings") or {}).items()]
+    for facts_of in ("settings", "data"):
+        facts += [(key, _text(value)) for key, value in (document.get(facts_of) or {}).items()]
     if document.get("dtypes"):
         facts.append(
             ("parameters", ", ".join(f"{count:,} {name}" for name, count in document["dtypes"].items()))
@@ -154,7 +162,7 @@ def _sites(report: Mapping[str, Any], full: bool) -> Section:
         f"{len(converted)} converted, {len(skipped)} skipped",
         headers=("site", "kind", "channels", "action", "reason"),
         rows=_rows(
-            [{**site, "name": site["name"] or "(the model itself)"} for site in shown],
+            [{**site, "name": _name(site["name"])} for site in shown],
             ("name", "kind", "channels", "action", "reason"),
         ),
         notes=(*notes, *report.get("notes", ())),
@@ -211,6 +219,82 @@ def _parity(parity: Mapping[str, Any]) -> Section:
     )
     headers = ("output", "batch", "max abs", "max rel", "float noise", "tolerance", "used", "result")
     return Section("Parity", summary, bool(parity["passed"]), headers=headers, rows=rows, notes=tuple(notes))
+
+
+def _advice(diagnosis: Mapping[str, Any]) -> Section:
+    batches, grouping = diagnosis["batches"], diagnosis["grouping"]
+    facts = [f"{batches} {'batch' if batches == 1 else 'batches'}"]
+    if grouping is not None:
+        facts.append(f"their means vary {grouping:.1f} times as much as those of samples drawn at random")
+    notes = [
+        f"{found['action']} ({_layer_count(found['layers'])}): {found['evidence']}"
+        for found in diagnosis["advice"]
+    ]
+    notes += [f"not seen: {_name(site['name'])} ({site['reason']})" for site in diagnosis["unseen"]]
+    return Section("Advice", ", ".join(facts), notes=tuple(notes))
+
+
+def _layer_count(names: Sequence[str]) -> str:
+    return _name(names[0]) if len(names) == 1 else f"{len(names)} layers"
+
+
+def _layers(diagnosis: Mapping[str, Any], full: bool) -> Section:
+    layers, marks = diagnosis["layers"], diagnosis["quantiles"]
+    shown, summary = layers, f"{len(layers)} norm layers, in the order of the forward"
+    if not full and len(layers) > _LONG:
+        shown = sorted(layers, key=lambda layer: -(layer["spread"] or 0.0))[:_WORST]
+        summary = (
+            f"the {_WORST} of {len(layers)} norm layers whose statistics differ most from batch to batch"
+        )
+    low, high = marks.index(0.05), marks.index(0.95)
+    rows = tuple(
+        (
+            _name(layer["name"]),
+            str(layer["m"]),
+            *(
+                f"{layer[key][low]:.2f} to {layer[key][high]:.2f}" if layer[key] else "-"
+                for key in ("r", "d")
+            ),
+            *(f"{layer[key]:.1%}" for key in ("clipped_r", "clipped_d")),
+            *(_number(layer[key]) for key in ("spread", "drift", "gap")),
+            *(str(layer[key]) for key in ("dead", "exploding", "nonfinite")),
+        )
+        for layer in shown
+    )
+    headers = (
+        "layer", "m", "r (5-95 %)", "d (5-95 %)", "r clipped", "d clipped", "spread", "drift", "gap", "dead",
+        "exploding", "not finite",
+    )  # fmt: skip
+    notes = (
+        "m: values per channel in a batch; spread: how much the statistics differ from batch to batch; "
+        "drift: how far the running ones are off; gap: how far training is from evaluation; all in sigma",
+    )
+    return Section("Layers", summary, headers=headers, rows=rows, notes=notes, pictures=_bands(layers))
+
+
+def _bands(layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The pictures of r and d over the depth of the network, with the limits."""
+    drawn = [layer for layer in layers if layer["r"]]
+    if not drawn:
+        return ()
+    names = [_name(layer["name"]) for layer in drawn]
+    r_max, d_max = (max(layer[key] or _FAR for layer in drawn) for key in ("r_max", "d_max"))
+    r_edge, d_edge = 2 * r_max, 1.5 * max(d_max, 1.0)
+    return (
+        quantile_bands(
+            "r over depth: bands of 99 %, 90 % and 50 % of channels and batches, the median, and the limits",
+            names, [layer["r"] for layer in drawn], (1 / r_max, 1.0, r_max), (1 / r_edge, r_edge),
+            logarithmic=True,
+        ),
+        quantile_bands(
+            "d over depth, likewise",
+            names, [layer["d"] for layer in drawn], (-d_max, 0.0, d_max), (-d_edge, d_edge),
+        ),
+    )  # fmt: skip
+
+
+def _name(name: str) -> str:
+    return name or "(the model itself)"
 
 
 def _rows(records: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from renormify.layers import is_batch_renorm
 
-__all__ = ["class_name", "is_norm", "trace_forward"]
+__all__ = ["class_name", "generators_restored", "is_norm", "trace_forward"]
 
 
 def class_name(module: nn.Module) -> str:
@@ -77,7 +77,7 @@ def trace_forward(
         # One decides by the number of dimensions, the other by a count of batches; neither is known here.
         stand_in.__dict__["_check_input_dim"] = lambda input: None
         stand_in.__dict__["momentum"] = 0.1 if module.momentum is None else module.momentum
-    with warnings.catch_warnings(), _attributes_restored(stand_in), _generators_restored():
+    with warnings.catch_warnings(), _attributes_restored(stand_in), generators_restored(module):
         warnings.simplefilter("ignore")
         return _ForwardTracer().trace(stand_in)
 
@@ -86,11 +86,13 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 @contextmanager
-def _generators_restored() -> Iterator[None]:
+def generators_restored(model: nn.Module) -> Iterator[None]:
+    """Gives every random number generator that the model may draw from its state again."""
     numpy = sys.modules.get("numpy")
     before = random.getstate(), None if numpy is None else numpy.random.get_state()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(before[0])

@@ -54,7 +54,23 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d", "convert", "renormify", "revert"]
+    "name",
+    [
+        "BatchRenorm1d",
+        "BatchRenorm2d",
+        "BatchRenorm3d",
+        "ConstantSchedule",
+        "Monitor",
+        "PaperSchedule",
+        "RenormScheduler",
+        "convert",
+        "diagnose",
+        "freeze_stats",
+        "recalibrate",
+        "renormify",
+        "revert",
+        "unfreeze_stats",
+    ],
 )
 def test_names_of_the_contract_are_public(name: str) -> None:
     assert name in renormify.__all__

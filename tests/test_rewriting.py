@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from renormify import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, convert, renormify, revert
 from renormify.errors import InputError, NothingToConvertError, RenormifyError, UnsupportedModelError
 from renormify.rewriting import rewrite
-from renormify.rules import Settings
+from renormify.settings import Settings
 
 C = 3
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

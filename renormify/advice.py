@@ -1,0 +1,300 @@
+"""What to do about a model's norm layers, from their figures; every threshold with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from renormify.figures import LayerFigures
+
+__all__ = ["Action", "Advice", "advise"]
+
+Action = Literal["keep", "renormify", "freeze", "other_norm", "limits", "momentum", "recalibrate"]
+
+# From here on the batch a sample happens to be in matters to it: 0.3 of a standard deviation. On the trained
+# EfficientNet-Lite0 and MobileNetV2, photographs and digits, one layer in ten reaches it in shuffled batches
+# of 16 and fewer, and not in those of 32 and 64 (at most 0.29); in batches of one class it does at 64 too
+# (0.39 to 0.54). Batches of 8 and fewer are where BatchNorm is known to lose accuracy, 16 where it begins to
+# (Wu and He, Group Normalization, 2018, table 2: ResNet-50 errs by 23.6 % at 32, 23.7 at 16, 24.8 at 8).
+_SPREAD = 0.3
+_LAYERS = 0.1
+# Shuffled batches gave 0.2 to 1.3 in the same measurements, batches of one class 3.5 to 41.
+_GROUPING = 2.0
+# Half of the layers this far off, in sigma: r and d would spend themselves on the domain. The same networks,
+# trained on photographs, gave 0.34 to 0.66 on digits, and on photographs 0.13 to 0.19 at 160 pixels, which is
+# about the scale they know, and up to 0.48 at 64, which is not.
+_DRIFT = 0.3
+# With two values per channel the gradient is some 6e-4 of its due, with one it is zero.
+_TOO_FEW = 2
+# What is clipped is a difference of training from evaluation; up to one value in twenty is the tail that the
+# limits are there for.
+_CLIPPED = 0.05
+# Running statistics that tremble by a tenth of a sigma are a drift of their own.
+_TREMBLE = 0.1
+# The paper's limits: wider ones are not lowered below them.
+_PAPER_LIMITS = (3.0, 5.0)
+# None wider is proposed: r scales the gradient.
+_WIDEST = 10.0
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One thing to do.
+
+    Attributes:
+        action: ``"keep"`` the norm as it is, ``"renormify"`` the model, ``"freeze"`` statistics, use
+            ``"other_norm"``, change ``"limits"`` or ``"momentum"``, or ``"recalibrate"`` first.
+        layers: the names of the layers that it is about, the worst first.
+        evidence: the figures it follows from, and the call that does it.
+    """
+
+    action: Action
+    layers: tuple[str, ...]
+    evidence: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as plain values."""
+        return asdict(self)
+
+
+def advise(layers: Sequence[LayerFigures], grouping: float | None = None) -> tuple[Advice, ...]:
+    """What follows from the figures of a model's layers; there is always something.
+
+    Args:
+        layers: the figures of each.
+        grouping: see :class:`renormify.diagnosis.Diagnosis`; None where it can be chance.
+    """
+    seen = [layer for layer in layers if layer.calls]
+    advice = (
+        *_few_values(seen),
+        *_dependence_on_the_batch(seen, grouping),
+        *_domain(seen),
+        *_limits(seen),
+        *_momentum(seen),
+    )
+    if not any(found.action in ("keep", "renormify", "freeze", "other_norm") for found in advice):
+        why = (
+            "every layer that the forward reaches is frozen already"
+            if seen
+            else "the forward reaches no layer"
+        )
+        return (*advice, Advice("keep", _names(seen), why))
+    return advice
+
+
+def _few_values(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
+    few = sorted((layer for layer in _training(layers) if layer.m <= _TOO_FEW), key=lambda layer: layer.m)
+    if not few:
+        return
+    yield Advice(
+        "other_norm",
+        _names(few),
+        f"{_count(few, layers)} have at most {few[-1].m} values per channel in a batch (down to {few[0].m}): "
+        "normalised by them, the output says next to nothing of the input, and the gradient vanishes; use "
+        "GroupNorm or LayerNorm there, or larger batches or inputs",
+    )
+    trained = [layer for layer in few if not layer.fresh]
+    if trained:
+        yield Advice(
+            "freeze",
+            _names(trained),
+            f"{_count(trained, layers)} of these have trained running statistics, which need no batch: "
+            "freeze_stats(model, filter_fn=...), where no other norm can be put in",
+        )
+
+
+def _dependence_on_the_batch(layers: Sequence[LayerFigures], grouping: float | None) -> Iterator[Advice]:
+    training = [layer for layer in _training(layers) if layer.m > _TOO_FEW]
+    if not training:
+        return
+    measured = [layer for layer in training if layer.spread is not None]
+    what = "the batch statistics differ from batch to batch"
+    if not measured:  # one batch; all there is to compare it with are the running statistics
+        measured, what = training, "the one batch differs from the running statistics"
+    depends = _spread if measured[0].spread is not None else _gap
+    measured.sort(key=depends, reverse=True)
+    worst = measured[0]
+    harmed = [layer for layer in measured if depends(layer) > _SPREAD]
+    most = depends(measured[math.ceil(_LAYERS * len(measured)) - 1])
+    if len(harmed) < max(1, _LAYERS * len(measured)):
+        if any(layer.fresh for layer in training):
+            then = (
+                "; but these are statistics of an untrained model, so look again once it has learnt something"
+            )
+        else:
+            then = ": BatchNorm would do as well" if all(layer.renormed for layer in training) else ""
+        yield Advice(
+            "keep",
+            _names(training),
+            f"{what} by less than {_SPREAD} sigma (at most {depends(worst):.2f}, in {_named(worst)}; "
+            f"{most:.2f} in the worst tenth of the layers){then}",
+        )
+        return
+    evidence = (
+        f"{what} by more than {_SPREAD} sigma in {_count(harmed, measured)}, "
+        f"the most in {_named(worst)}: {depends(worst):.2f} at m = {worst.m}"
+    )
+    if grouping is not None and grouping > _GROUPING:
+        evidence += (
+            f"; the batches are not drawn at random: in the first layer the variance of their means is "
+            f"{grouping:.1f} times that of shuffled ones"
+        )
+    renormed = [layer for layer in harmed if layer.renormed]
+    refused = [layer for layer in harmed if not layer.renormed and layer.refusal]
+    plain = [layer for layer in harmed if not layer.renormed and not layer.refusal]
+    if plain:
+        yield Advice("renormify", _names(plain), f"{evidence}; renormify(model) corrects it by r and d")
+    if refused:
+        yield Advice(
+            "freeze",
+            _names(refused),
+            f"{evidence}; renormify cannot convert {_named(refused[0])} ({refused[0].refusal}), but "
+            "freeze_stats(model, filter_fn=...) takes the batch out of it",
+        )
+    if renormed:
+        yield Advice("keep", _names(renormed), f"{evidence}; Batch Renorm is what these need")
+
+
+def _domain(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
+    fresh = [layer for layer in layers if layer.fresh]
+    if fresh:
+        yield Advice(
+            "limits",
+            _names(fresh),
+            f"the running statistics of {_count(fresh, layers)} are those they were made with, so r and d "
+            "would be relative to nothing: train as BatchNorm first, with "
+            "RenormScheduler(model, PaperSchedule.scaled(total_steps))",
+        )
+    drifted = _drifted(layers)
+    if drifted:
+        trained = [layer for layer in layers if not layer.fresh]
+        median = sorted(layer.drift for layer in trained)[len(trained) // 2]
+        yield Advice(
+            "recalibrate",
+            _names(drifted),
+            f"the running statistics are {median:.2f} sigma off those of this data in the median layer, "
+            f"the most in {_named(drifted[0])}: {drifted[0].drift:.2f}; Batch Renorm and evaluation are as "
+            "good as they: recalibrate(model, batches) before training",
+        )
+
+
+def _drifted(layers: Sequence[LayerFigures]) -> list[LayerFigures]:
+    """The layers whose running statistics belong to other data, where half of them all do."""
+    trained = [layer for layer in layers if not layer.fresh and layer.calls > 1]
+    drifted = [layer for layer in trained if layer.drift > _DRIFT]
+    return sorted(drifted, key=lambda layer: -layer.drift) if 2 * len(drifted) > len(trained) else []
+
+
+def _limits(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
+    if _drifted(layers):
+        return  # first the statistics, then the limits around them
+    ours = [
+        layer
+        for layer in _training(layers)
+        if layer.r and layer.m > _TOO_FEW and layer.renormed and not layer.fresh
+    ]
+    clipping = [layer for layer in ours if max(layer.clipped_r, layer.clipped_d) > _CLIPPED]
+    if clipping:
+        clipping.sort(key=lambda layer: -max(layer.clipped_r, layer.clipped_d))
+        worst = clipping[0]
+        r_max, d_max = (min(max(needed), _WIDEST) for needed in zip(*map(_needed, clipping), strict=True))
+        yield Advice(
+            "limits",
+            _names(clipping),
+            f"{_count(clipping, ours)} clip more than {_CLIPPED:.0%}, the most {_named(worst)}: "
+            f"r {worst.clipped_r:.0%}, d {worst.clipped_d:.0%}; raise r_max to {max(r_max, worst.r_max):.3g} "
+            f"and d_max to {max(d_max, worst.d_max):.3g}",
+        )
+    loose = [layer for layer in ours if _is_loose(layer)]
+    if loose:
+        widest = loose[0]
+        needed = " and ".join(f"{value:.3g}" for value in _needed(widest))
+        yield Advice(
+            "limits",
+            _names(loose),
+            f"{_count(loose, ours)} have limits that nothing comes near ({_named(widest)}: "
+            f"r_max {widest.r_max:.3g}, d_max {widest.d_max:.3g}, needed {needed}): "
+            "a batch gone wrong would pass; lower them to the paper's 3 and 5",
+        )
+
+
+def _needed(layer: LayerFigures) -> tuple[float, float]:
+    """The limits that would clip one value in a hundred."""
+    return max(layer.r[-1], 1 / max(layer.r[0], 1e-6)), max(abs(layer.d[0]), abs(layer.d[-1]))
+
+
+def _is_loose(layer: LayerFigures) -> bool:
+    limits = zip((layer.r_max, layer.d_max), _needed(layer), _PAPER_LIMITS, strict=True)
+    return any(limit > usual and limit > 2 * needed for limit, needed, usual in limits)
+
+
+def _momentum(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
+    training = _training(layers)
+    overwritten = [
+        layer for layer in training if layer.momentum is None and layer.tracked == 0 and not layer.fresh
+    ]
+    if overwritten:
+        yield Advice(
+            "momentum",
+            _names(overwritten),
+            f"{_count(overwritten, layers)} average cumulatively (momentum None) and count no batch so far, "
+            "though their statistics are trained: the first batch would replace them; set momentum to 0.01",
+        )
+    still = [layer for layer in training if layer.momentum == 0]
+    if still:
+        yield Advice(
+            "momentum",
+            _names(still),
+            f"{_count(still, layers)} have momentum 0, so their statistics never move; set it to 0.01, or "
+            "freeze_stats(model) if that is meant",
+        )
+    trembling = sorted(
+        (layer for layer in training if _tremble(layer) > _TREMBLE), key=lambda layer: -_tremble(layer)
+    )
+    if trembling and len(trembling) >= _LAYERS * len(training):
+        worst = trembling[0]
+        square = (_TREMBLE / _spread(worst)) ** 2
+        yield Advice(
+            "momentum",
+            _names(trembling),
+            f"with momentum {worst.momentum:.3g} and batches this different the running statistics of "
+            f"{_named(worst)} tremble by {_tremble(worst):.2f} sigma (above {_TREMBLE} in "
+            f"{_count(trembling, layers)}); at most {_floored(2 * square / (1 + square)):g} suits them",
+        )
+
+
+def _tremble(layer: LayerFigures) -> float:
+    """The standard deviation of an exponential average of independent terms that differ by the spread."""
+    return _spread(layer) * math.sqrt(layer.momentum / (2 - layer.momentum)) if layer.momentum else 0.0
+
+
+def _floored(value: float) -> float:
+    """The value with one digit, rounded down."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return math.floor(value / unit) * unit
+
+
+def _training(layers: Sequence[LayerFigures]) -> list[LayerFigures]:
+    return [layer for layer in layers if not layer.frozen]
+
+
+def _spread(layer: LayerFigures) -> float:
+    return layer.spread or 0.0
+
+
+def _gap(layer: LayerFigures) -> float:
+    return layer.gap
+
+
+def _names(layers: Sequence[LayerFigures]) -> tuple[str, ...]:
+    return tuple(layer.name for layer in layers)
+
+
+def _named(layer: LayerFigures) -> str:
+    return layer.name or "the model itself"
+
+
+def _count(some: Sequence[LayerFigures], layers: Sequence[LayerFigures]) -> str:
+    return f"{len(some)} of {len(layers)} layers"

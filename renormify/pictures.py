@@ -1,0 +1,70 @@
+"""Pictures for the HTML page, as SVG within it: no library, no script, and nothing to fetch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+__all__ = ["quantile_bands"]
+
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 880, 220, 48, 22, 18
+
+
+def quantile_bands(
+    title: str,
+    names: Sequence[str],
+    quantiles: Sequence[Sequence[float]],
+    marks: Sequence[float],
+    limits: tuple[float, float],
+    *,
+    logarithmic: bool = False,
+) -> str:
+    """Quantiles of something over the depth of a network: nested bands, the median as a line.
+
+    Args:
+        title: what is shown.
+        names: of the layers, from the first to the last; a layer's name shows under the pointer.
+        quantiles: of each layer, in ascending order, an odd number of them.
+        marks: values to draw as dashed lines, such as the limits.
+        limits: the least and the largest value of the axis; bands beyond are cut off there.
+        logarithmic: whether the axis is.
+
+    Returns:
+        An ``<svg>`` element in the page's own colours.
+    """
+    low, high = (math.log(value) if logarithmic else value for value in limits)
+    across = (_WIDTH - _LEFT - 8) / max(len(names) - 1, 1)
+
+    def x(index: int) -> str:
+        return f"{_LEFT + index * across:.1f}"
+
+    def y(value: float) -> str:
+        place = math.log(max(value, 1e-30)) if logarithmic else value
+        share = (min(max(place, low), high) - low) / (high - low)
+        return f"{_TOP + (1 - share) * (_HEIGHT - _TOP - _BOTTOM):.1f}"
+
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f'<text x="{_LEFT}" y="14">{escape(title)}</text>',
+    ]
+    middle = len(quantiles[0]) // 2 if quantiles else 0
+    for outer in range(middle):
+        edge = [f"{x(i)},{y(row[-1 - outer])}" for i, row in enumerate(quantiles)]
+        back = [f"{x(i)},{y(row[outer])}" for i, row in reversed(list(enumerate(quantiles)))]
+        parts.append(f'<polygon class="band" points="{" ".join(edge + back)}"/>')
+    line = " ".join(f"{x(i)},{y(row[middle])}" for i, row in enumerate(quantiles))
+    parts.append(f'<polyline class="median" points="{line}"/>')
+    for mark in marks:
+        parts.append(f'<line class="mark" x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y(mark)}" y2="{y(mark)}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(mark)}">{mark:.3g}</text>')
+    for i, name in enumerate(names):
+        top, height = _TOP, _HEIGHT - _TOP - _BOTTOM
+        left = _LEFT + (i - 0.5) * across
+        parts.append(
+            f'<rect class="layer" x="{left:.1f}" y="{top}" width="{across:.1f}" height="{height}">'
+            f"<title>{escape(name)}: {quantiles[i][middle]:.3g}</title></rect>"
+        )
+    caption = f"{names[0]} to {names[-1]}, {len(names)} layers" if names else "no layer"
+    parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{escape(caption)}</text></svg>')
+    return "".join(parts)
