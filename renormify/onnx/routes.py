@@ -47,7 +47,7 @@ def plan_backward(
     for source, part in step.onward:
         further = plan_backward(source, part, graph)
         if isinstance(further, Refusal):
-            return further
+            return Refusal(f"beyond {node.op_type}, {further.reason}")
         edits += further
     return tuple(edits)
 
@@ -91,7 +91,7 @@ def plan_forward(
                 continue  # a part of Split that nobody needs
             further = plan_forward(target, part, graph, met)
             if isinstance(further, Refusal):
-                return further
+                return Refusal(f"beyond {node.op_type}, {further.reason}")
             edits += further
     return tuple(edits)
 
