@@ -237,7 +237,8 @@ def fold_file(
         RenormifyError: something given cannot be used.
     """
     from renormify.onnx import fold_onnx, verify_onnx
-    from renormify.onnx.originals import Original, external_files
+    from renormify.onnx.files import external_files
+    from renormify.onnx.originals import Original
 
     _check_onnx(path)
     check_output(output, force=force, inputs=(path,))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from renormify import errors
 from renormify.onnx.reference import to_numpy
 
-__all__ = ["Original", "external_files"]
+__all__ = ["Original"]
 
 _TYPES = {
     "tensor(float)": torch.float32,
@@ -81,20 +80,6 @@ class Original:
         names = [value.name for value in self._session.get_inputs()]
         feed = {name: to_numpy(tensor) for name, tensor in zip(names, args, strict=True)}
         return tuple(torch.from_numpy(output) for output in self._session.run(None, feed))
-
-
-def external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Return the files beside an ONNX file that hold its weights."""
-    import onnx
-
-    model = onnx.load(path, format="protobuf", load_external_data=False)
-    locations = {
-        entry.value
-        for tensor in onnx.external_data_helper._get_all_tensors(model)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return tuple(Path(path).parent / location for location in sorted(locations))
 
 
 def _example(path: object, value: Any, given: Sequence[int] | None, generator: torch.Generator) -> Tensor:
