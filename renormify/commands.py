@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,7 +251,8 @@ def fold_file(
         with staged(output, force=force, inputs=inputs) as target:
             progress("Folding")
             fold = fold_onnx(path, target, leftover=leftover)
-            sizes = {"bytes_before": _size(inputs), "bytes_after": _size(target.parent.iterdir())}
+            files = {"bytes_before": inputs, "bytes_after": target.parent.iterdir()}
+            sizes = {key: sum(file.stat().st_size for file in group) for key, group in files.items()}
             if not fold.sites:
                 raise _NotProvenError
             if original is not None:
@@ -300,10 +301,6 @@ def _check_onnx(path: Path) -> None:
     if not path.is_file():
         near = sources.nearest(path.name, [file.name for file in path.parent.glob("*.onnx")])
         raise CheckpointError(f"no such file: {path}{near}")
-
-
-def _size(files: Iterable[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
 
 
 def _read(request: Request) -> Checkpoint | None:

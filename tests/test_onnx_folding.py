@@ -308,10 +308,12 @@ def test_what_does_not_fold_is_rewritten(kind: str, leftover: str) -> None:
     model, x, reason = refused(kind)
     fold = fold_onnx(model, leftover=leftover)
     (site,) = fold.sites
-    assert site.action == "rewritten"
-    assert site.into in ("Mul and Add", "a depthwise 1x1 Conv")
+    # At these ranks BatchNormalization is the fastest.
+    left = leftover == "auto" and kind in ("matmul of rank 3", "add of a higher rank")
+    assert site.action == ("kept" if left else "rewritten")
+    assert site.into in ((None,) if left else ("Mul and Add", "a depthwise 1x1 Conv"))
     assert reason in site.reason
-    assert count(fold.model) == fold.batch_norm_nodes == 0
+    assert count(fold.model) == fold.batch_norm_nodes == left
     check_same(model, fold.model, x)
 
 
@@ -322,10 +324,10 @@ def test_leftovers_at_every_rank(rank: int, leftover: str) -> None:
     constants = batch_norm_parts("bn", 4, rng())
     model = build([node("Relu", ["x"], ["r"]), batch_norm("r", "y", "bn")], ("n", *shape[1:]), constants)
     fold = fold_onnx(model, leftover=leftover)
-    assert count(fold.model) == 0
     assert count(fold.model, "Conv") == (
         rank > 2 and (leftover == "conv" or (leftover == "auto" and rank == 4))
     )
+    assert count(fold.model) == fold.batch_norm_nodes == (leftover == "auto" and rank != 4)
     check_same(model, fold.model, normal(*shape))
 
 

@@ -517,7 +517,7 @@ REFUSALS: dict[str, tuple[Case, str, dict[str, Any]]] = {
 CONSTANTS |= _norm("bn_half", 2) | {"corners": np.array([0, 0, 0, 0, 1, 1, 2, 2], np.float32)}
 
 
-@pytest.mark.parametrize("leftover", ["bn", "auto"])
+@pytest.mark.parametrize("leftover", ["bn", "affine"])
 @pytest.mark.parametrize("name", REFUSALS)
 def test_it_stays_true_and_says_why(name: str, leftover: str) -> None:
     case, reason, extra = REFUSALS[name]

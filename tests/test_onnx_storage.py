@@ -185,6 +185,18 @@ def test_arithmetic_that_does_not_fold_becomes_shorter(leftover: str, left: list
     check_close(model, fold.model, normal(2, 4, 6, 6))
 
 
+@pytest.mark.parametrize("rank", [2, 3, 5])
+def test_arithmetic_becomes_one_norm_where_that_is_fastest(rank: int) -> None:
+    shape = (4, *[1] * (rank - 2))
+    constants = {"c": normal(*shape), "d": np.abs(normal(*shape)) + np.float32(0.1)}
+    nodes = [node("Relu", ["x"], ["r"]), node("Sub", ["r", "c"], ["s"]), node("Div", ["s", "d"], ["y"])]
+    model = build(nodes, ("n", 4, *[3] * (rank - 2)), constants)
+    fold = fold_onnx(model)
+    assert [site.into for site in fold.sites] == ["one BatchNormalization"]
+    assert count(fold.model) == fold.batch_norm_nodes == 1
+    check_close(model, fold.model, normal(2, 4, *[3] * (rank - 2)))
+
+
 def test_the_end_of_a_layer_norm_stays_for_the_runtime_to_fuse() -> None:
     constants = {"axes": np.array([-1]), "g": normal(6), "b": normal(6), "eps": np.float32(1e-5).reshape(())}
     constants["w"] = normal(6, 5)
