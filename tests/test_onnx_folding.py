@@ -351,6 +351,7 @@ def test_fp16_weight_that_would_overflow() -> None:
     fold = fold_onnx(build(nodes, ("n", 3, 6, 6), constants, dtype=TensorProto.FLOAT16))
     assert fold.sites[0].action == "kept"
     assert "not finite in FLOAT16" in fold.sites[0].reason
+    assert {tensor.name for tensor in fold.model.graph.initializer} == set(constants)
 
 
 @pytest.mark.parametrize("conv_inside", [True, False])

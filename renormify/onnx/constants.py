@@ -104,6 +104,11 @@ class ConstantStore:
         }
         self._stored: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
 
+    @property
+    def used(self) -> bool:
+        """Whether anything has been stored, be it for a fold that came to nothing in the end."""
+        return bool(self._stored)
+
     def name(self, wanted: str) -> str:
         """Return a name that no value of the model bears yet, as near to ``wanted`` as can be."""
         name, count = wanted, 1

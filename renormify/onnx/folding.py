@@ -150,7 +150,7 @@ def fold_graph(model: ir.Model, *, leftover: str = "auto") -> tuple[FoldSite, ..
         if node.graph is not None:  # an earlier one may have taken it along
             folder.visit(node)
     sites = folder.finish()
-    if any(site.action != "kept" for site in sites):
+    if folder.constants.used or any(site.action != "kept" for site in sites):
         passes.RemoveUnusedNodesPass()(model)
     return sites
 
@@ -168,7 +168,7 @@ class _Folder:
     """One folding of one model: the account so far, and what is left to be rewritten at the end."""
 
     def __init__(self, model: ir.Model, leftover: str) -> None:
-        self._constants = ConstantStore(model)
+        self.constants = ConstantStore(model)
         self._opset = model.graph.opset_imports.get("", 0)
         self._leftover = leftover
         self._seen: Counter[str] = Counter()
@@ -192,7 +192,7 @@ class _Folder:
             return
         kind: Literal["BatchNormalization", "chain"] = "BatchNormalization" if run.norms else "chain"
         names = [self._name(part) for part in run.norms or run.nodes[:1]]
-        outcome = _fold(run, names, self._constants)
+        outcome = _fold(run, names, self.constants)
         if isinstance(outcome, Refusal):
             start = len(self._sites)
             self._sites += [FoldSite(name, "kept", None, outcome.reason, kind) for name in names]
@@ -208,7 +208,7 @@ class _Folder:
             run = find_run(rest.first)  # read again: another site may have gone into it
             if isinstance(run, Refusal):  # and made a map of biases of it
                 continue
-            written = rewrite_leftover(run, self._leftover, self._constants)
+            written = rewrite_leftover(run, self._leftover, self.constants)
             if not isinstance(written, Refusal):
                 nodes, form = written
                 replace_run(run, nodes)

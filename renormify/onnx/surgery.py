@@ -89,7 +89,8 @@ def bypass(run: Run) -> None:
     x, y = run.x, run.nodes[-1].outputs[0]
     name, was_output = y.name, y.is_graph_output()
     y.replace_all_uses_with(x, replace_graph_outputs=True)
-    x.shape = x.shape or y.shape
+    # An output needs both; between the nodes, many files leave them out.
+    x.shape, x.type = x.shape or y.shape, x.type or y.type
     _remove(run)
     if was_output:
         y.name, x.name = None, name
