@@ -29,7 +29,7 @@ from renormify.onnx.examples import (
 )
 from renormify.onnx.files import check_destination, write_model
 from renormify.onnx.folding import Fold, fold_graph
-from renormify.onnx.pooling import pool_first
+from renormify.onnx.reordering import join_concats, pool_first
 
 __all__ = ["Export", "export_onnx"]
 
@@ -87,8 +87,8 @@ def export_onnx(
             Otherwise one row serves as well as any.
         path: the file to write.
         dynamic_batch: whether the file takes every batch size, or only the example's.
-        fold: whether to fold BatchNormalization into its neighbours (see ``fold_onnx``), and to average
-            before a pointwise Conv rather than behind it.
+        fold: whether to fold BatchNormalization into its neighbours (see ``fold_onnx``), to average before a
+            pointwise Conv rather than behind it, and to join a Concat of Concats.
         opset_version: the ONNX opset, or None for the one that torch's exporter prefers.
 
     Raises:
@@ -107,6 +107,7 @@ def export_onnx(
     sites = fold_graph(exported) if fold else None
     if fold:
         pool_first(exported)
+        join_concats(exported)
     exported = _in_opset(exported, opset_version)
     write_model(exported, destination)
     return Export(

@@ -18,12 +18,11 @@ from renormify.onnx.operators import Edit, Operator, Step
 __all__ = ["PASSAGES"]
 
 
-def _used(values: object) -> bool:
-    return any(v.uses() or v.is_graph_output() for v in values if v.name)  # type: ignore[attr-defined]
+class _Commuting(Operator):
+    """``op(A(x)) = A(op(x))`` where A is the same along the axes that the operator acts on.
 
-
-class _Pooling(Operator):
-    """``op(A(x)) = A(op(x))`` where A is the same along the axes that the operator acts on."""
+    A subclass says which axes these are, and what else is asked of A.
+    """
 
     def backward(self, node: ir.Node, affine: Affine) -> Step | Refusal:
         return self._through(node, affine, node.inputs[0])
@@ -39,7 +38,7 @@ class _Pooling(Operator):
             return axes
         if target is None:
             return Refusal(f"{node.op_type} has no input")
-        if _used(node.outputs[1:]):
+        if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
             return Refusal(f"{node.op_type} has a second output, which is used")
         mixed = sorted(affine.varying & axes)
         if mixed:
@@ -55,7 +54,7 @@ def _spatial(affine: Affine) -> frozenset[int]:
     return frozenset(range(2, affine.scale.ndim))
 
 
-class Unchanged(_Pooling):
+class Unchanged(_Commuting):
     """Identity, and Dropout in inference: ``op(x) = x``."""
 
     op_types = ("Identity", "Dropout")
@@ -68,7 +67,7 @@ class Unchanged(_Pooling):
         return frozenset()
 
 
-class GlobalAverage(_Pooling):
+class GlobalAverage(_Commuting):
     """GlobalAveragePool: a mean over all positions, and ``mean(s x + t) = s mean(x) + t``."""
 
     op_types = ("GlobalAveragePool",)
@@ -77,7 +76,7 @@ class GlobalAverage(_Pooling):
         return _spatial(affine)
 
 
-class AveragePool(_Pooling):
+class AveragePool(_Commuting):
     """AveragePool that counts no padding: a mean of real values in each window."""
 
     op_types = ("AveragePool",)
@@ -97,7 +96,7 @@ class AveragePool(_Pooling):
         return _spatial(affine)
 
 
-class MaxPool(_Pooling):
+class MaxPool(_Commuting):
     """MaxPool, GlobalMaxPool: ``max(s x + t) = s max(x) + t`` where ``s >= 0``; padding never wins."""
 
     op_types = ("MaxPool", "GlobalMaxPool")
@@ -112,7 +111,7 @@ class MaxPool(_Pooling):
         return _spatial(affine)
 
 
-class Rectifier(_Pooling):
+class Rectifier(_Commuting):
     """Relu, LeakyRelu, PRelu: ``op(s x) = s op(x)`` where ``s >= 0``; a shift does not pass."""
 
     op_types = ("Relu", "LeakyRelu", "PRelu")
@@ -125,7 +124,7 @@ class Rectifier(_Pooling):
         return frozenset()
 
 
-class Pad(_Pooling):
+class Pad(_Commuting):
     """Pad: by values of the edge any affine passes, by zeros only a scale."""
 
     op_types = ("Pad",)
@@ -146,7 +145,7 @@ class Pad(_Pooling):
         )
 
 
-class Resize(_Pooling):
+class Resize(_Commuting):
     """Resize: each value is a mean of its neighbours, with weights that sum to 1."""
 
     op_types = ("Resize",)

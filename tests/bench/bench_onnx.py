@@ -26,6 +26,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -251,7 +252,7 @@ def pre_activation(shape: tuple[int, ...], activation: bool, depth: int = 6) -> 
 def zoo() -> list[dict[str, Any]]:
     """What folding leaves of each network, and whether its file is proven."""
     rows = []
-    for name in ZOO:
+    for name in track(ZOO, "zoo", transient=True):
         model, x = build(name), torch.randn(2, 3, side(name), side(name))
         with tempfile.TemporaryDirectory() as folder:
             export = export_onnx(model, x, Path(folder) / "model.onnx")
@@ -332,7 +333,10 @@ def main() -> None:
     results: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "threads": THREADS}
     console.print(f"onnxruntime {onnxruntime.__version__}, {THREADS} threads, medians of {options.rounds}")
     if "networks" in chosen:
-        results["networks"] = [measure(name, options.rounds) for name in options.networks.split(",")]
+        results["networks"] = [
+            measure(name, options.rounds)
+            for name in track(options.networks.split(","), "networks", transient=True)
+        ]
         show_networks(console, results["networks"])
     if "leftovers" in chosen:
         results["leftovers"] = leftovers(options.rounds)

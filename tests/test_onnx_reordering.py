@@ -1,4 +1,4 @@
-"""Average pooling goes before a pointwise Conv, where that is the same and costs less."""
+"""What goes into another order, where that is the same and costs less."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnx_graphs import build, evaluate_in_float64, run_plainly
 from torch import nn
 
 from renormify.onnx import export_onnx, verify_onnx
-from renormify.onnx.pooling import pool_first
+from renormify.onnx.reordering import join_concats, pool_first
 
 node = helper.make_node
 HALF = {"kernel_shape": [2, 2], "strides": [2, 2]}
@@ -77,6 +77,24 @@ def test_it_stays_where_that_is_another_thing_or_no_gain(case: dict[str, Any]) -
     model = ir.from_proto(before)
     assert pool_first(model) == 0
     assert [n.op_type for n in model.graph] == ["Relu", "Conv", "AveragePool"]
+
+
+@pytest.mark.parametrize(("axis", "both", "joined"), [(1, False, 2), (-1, False, 0), (1, True, 1)])
+def test_concats_of_concats_are_joined(axis: int, both: bool, joined: int) -> None:
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        node("Concat", ["x", "r"], ["a"], axis=1),
+        node("Concat", ["r", "x"], ["b"], axis=axis),
+        node("Concat", ["a", "b", "r"] if axis == 1 else ["b", "b"], ["y"], axis=1),
+    ]
+    before = build(nodes, ("n", 4, 2, 2), {}, outputs=["y", "a"] if both or axis != 1 else ["y"])
+    model = ir.from_proto(before)
+    assert join_concats(model) == joined
+    after = ir.to_proto(model)
+    onnx.checker.check_model(after, full_check=True)
+    x = np.random.default_rng(1).normal(0, 1, (2, 4, 2, 2)).astype(np.float32)
+    for expected, output in zip(run_plainly(before, x), run_plainly(after, x), strict=True):
+        np.testing.assert_array_equal(output, expected)
 
 
 def test_a_transition_of_densenet_is_exported_so(tmp_path: Path) -> None:

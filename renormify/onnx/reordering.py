@@ -1,7 +1,8 @@
-"""Average pooling before a pointwise Conv instead of behind it: the same sums, of a quarter of the positions.
+"""What computes the same in another order, and costs less.
 
-``pool(W x + b) = W pool(x) + b`` for a Conv of one position and windows whose weights sum to 1: both are
-sums, one over channels and one over positions. DenseNet's transitions have them in the costly order.
+Average pooling before a pointwise Conv: ``pool(W x + b) = W pool(x) + b`` for a Conv of one position and
+windows whose weights sum to 1, as both are sums, one over channels and one over positions. DenseNet's
+transitions have them in the costly order. And Concat of a Concat, as in Inception, copies its parts twice.
 """
 
 from __future__ import annotations
@@ -13,7 +14,46 @@ import onnx_ir as ir
 from renormify.onnx.constants import is_standard
 from renormify.onnx.surgery import NAME_SCOPES
 
-__all__ = ["pool_first"]
+__all__ = ["join_concats", "pool_first"]
+
+
+def join_concats(model: ir.Model) -> int:
+    """Let each Concat take the parts of the one before it along the same axis, in place; return how many."""
+    count = 0
+    for outer in list(model.graph.all_nodes()):
+        while (position := _nested(outer)) is not None:
+            value = outer.inputs[position]
+            assert value is not None  # it has a producer
+            inner = value.producer()
+            assert inner is not None
+            parts = [*outer.inputs[:position], *inner.inputs, *outer.inputs[position + 1 :]]
+            outer.resize_inputs(len(parts))
+            for index, part in enumerate(parts):
+                outer.replace_input_with(index, part)
+            assert inner.graph is not None  # it was reached through its graph
+            inner.graph.remove(inner, safe=True)
+            count += 1
+    return count
+
+
+def _nested(outer: ir.Node) -> int | None:
+    """Return the input of a Concat that is another's result, of the same axis and with no other user."""
+    if outer.op_type != "Concat" or not is_standard(outer):
+        return None
+    for position, value in enumerate(outer.inputs):
+        inner = None if value is None else value.producer()
+        if (
+            value is not None
+            and inner is not None
+            and inner.op_type == "Concat"
+            and is_standard(inner)
+            and inner.graph is outer.graph
+            and inner.attributes.get_int("axis", 1) == outer.attributes.get_int("axis", 1)
+            and len(value.uses()) == 1
+            and not value.is_graph_output()
+        ):
+            return position
+    return None
 
 
 def pool_first(model: ir.Model) -> int:
