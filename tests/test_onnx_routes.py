@@ -24,6 +24,8 @@ from renormify.onnx import Fold, fold_onnx
 
 node = helper.make_node
 RNG = np.random.default_rng(7)
+#: The newest opset that onnxruntime takes.
+NEWEST = min(onnx.defs.onnx_opset_version(), 26)
 
 
 def _random(*shape: int) -> np.ndarray:
@@ -345,6 +347,58 @@ def test_it_folds(name: str) -> None:
     assert [n.op_type for n in fold.model.graph.node if n.op_type not in arithmetic] == others
     assert sum(count(fold.model, kind) for kind in arithmetic) <= 1
     check_same(model, fold, example(FOLDS[name][0]))
+
+
+#: Operators whose parameters were attributes once, at the last opset where they were.
+OLDER: dict[str, tuple[int, Case]] = {
+    "mean": (17, (IMAGE, [bn("x", "n"), op("ReduceMean", "n", "p", axes=[2, 3]), conv("p", "y", "w1")])),
+    "squeeze": (
+        12,
+        (
+            IMAGE,
+            [
+                bn("x", "n"),
+                op("Unsqueeze", "n", "u", axes=[1]),
+                op("Squeeze", "u", "s", axes=[1]),
+                conv("s", "y"),
+            ],
+        ),
+    ),
+    "slice": (
+        9,
+        (
+            IMAGE,
+            [bn("x", "n"), op("Slice", "n", "s", starts=[1], ends=[3], axes=[1]), conv("s", "y", "half")],
+        ),
+    ),
+    "pad": (
+        10,
+        (
+            IMAGE,
+            [
+                bn("x", "n", "unshifted"),
+                op("Pad", "n", "p", pads=[0, 0, 1, 1, 0, 0, 1, 1], value=0.0),
+                conv("p", "y"),
+            ],
+        ),
+    ),
+    "pad by the edge": (
+        10,
+        (IMAGE, [bn("x", "n"), op("Pad", "n", "p", pads=[0, 0, 1, 1] * 2, mode="edge"), conv("p", "y")]),
+    ),
+    "dropout": (11, (IMAGE, [bn("x", "n"), op("Dropout", "n", "d", ratio=0.5), conv("d", "y")])),
+    "newest": (NEWEST, (IMAGE, [bn("x", "n"), op("Flatten", "n", "f"), op("Gemm", "f flat b5", "y")])),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_it_folds_at_every_opset(name: str) -> None:
+    opset, case = OLDER[name]
+    model = graph(case, opset=opset)
+    fold = fold_onnx(model, leftover="bn")
+    assert [site.action for site in fold.sites] == ["folded"], fold.sites
+    assert fold.model.opset_import[0].version == opset
+    check_same(model, fold, example(case[0]))
 
 
 SECOND_OUTPUT = {"outputs": ["y", "n"]}
