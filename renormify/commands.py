@@ -41,6 +41,7 @@ __all__ = [
     "convert_checkpoint",
     "diagnose_checkpoint",
     "export_checkpoint",
+    "fold_file",
     "inspect_checkpoint",
     "verify_file",
 ]
@@ -255,6 +256,64 @@ def export_checkpoint(
     }
 
 
+def fold_file(
+    path: Path,
+    output: Path,
+    *,
+    leftover: str = "auto",
+    shapes: Shapes | None = None,
+    batch_sizes: Sequence[int] = (1, 2, 7),
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Folds the norms of any ONNX file, compares it with the file as it was, and only then puts it in place.
+
+    Returns:
+        The document; ``passed`` tells whether the file was written. A file without a site is not written.
+
+    Raises:
+        RenormifyError: something given cannot be used.
+    """
+    from renormify.onnx import fold_onnx, verify_onnx
+    from renormify.onnx.files import external_files
+    from renormify.onnx.originals import Original
+
+    _check_onnx(path)
+    check_output(output, force=force, inputs=(path,))
+    document: dict[str, Any] = {"command": "fold", "renormify": __version__, "onnx": path}
+    progress(f"Reading {path}")
+    inputs = (path, *external_files(path))
+    original = Original(path, shapes, batch_sizes) if verify else None
+    parity = None
+    try:
+        with staged(output, force=force, inputs=inputs) as target:
+            progress("Folding")
+            fold = fold_onnx(path, target, leftover=leftover)
+            files = {"bytes_before": inputs, "bytes_after": target.parent.iterdir()}
+            sizes = {key: sum(file.stat().st_size for file in group) for key, group in files.items()}
+            if not fold.sites:
+                raise _NotProvenError
+            if original is not None:
+                progress("Comparing the folded file with the file as it was")
+                parity = verify_onnx(original, target, original.args, batch_sizes=original.batch_sizes)
+                if not parity.passed:
+                    raise _NotProvenError
+    except _NotProvenError:
+        pass
+    reason = None if parity is None else _disparity(output, parity)
+    if not fold.sites:
+        reason = f"{path} has no BatchNormalization and no affine chain to fold"
+    opset = next((entry.version for entry in fold.model.opset_import if not entry.domain), None)
+    return document | {
+        "export": {"path": output, "opset": opset, "fold": fold.to_dict() | sizes},
+        "parity": None if parity is None else parity.to_dict(),
+        "passed": reason is None,
+        "reason": reason,
+        "output": output if reason is None else None,
+    }
+
+
 def verify_file(path: Path, request: Request, *, batch_sizes: Sequence[int] = (1, 2, 7)) -> dict[str, Any]:
     """Compares an ONNX file with a model.
 
@@ -263,9 +322,7 @@ def verify_file(path: Path, request: Request, *, batch_sizes: Sequence[int] = (1
     """
     from renormify.onnx import verify_onnx
 
-    if not path.is_file():
-        near = sources.nearest(path.name, [file.name for file in path.parent.glob("*.onnx")])
-        raise CheckpointError(f"no such file: {path}{near}")
+    _check_onnx(path)
     subject = _load(request)
     args = subject.args()
     run(subject.model, args)
@@ -277,6 +334,12 @@ def verify_file(path: Path, request: Request, *, batch_sizes: Sequence[int] = (1
         "passed": parity.passed,
         "reason": _disparity(path, parity),
     }
+
+
+def _check_onnx(path: Path) -> None:
+    if not path.is_file():
+        near = sources.nearest(path.name, [file.name for file in path.parent.glob("*.onnx")])
+        raise CheckpointError(f"no such file: {path}{near}")
 
 
 def _read(request: Request) -> Checkpoint | None:

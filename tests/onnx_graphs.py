@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 Arrays = dict[str, np.ndarray]
 
@@ -41,6 +42,7 @@ def build(
     opset: int = 20,
     also_inputs: Sequence[str] = (),
     dtype: int = TensorProto.FLOAT,
+    output_dtype: int | None = None,
     functions: Sequence[onnx.FunctionProto] = (),
 ) -> onnx.ModelProto:
     """Make a checked model with one input x; ``also_inputs`` names constants that the caller may override."""
@@ -51,7 +53,7 @@ def build(
         nodes,
         "g",
         inputs,
-        [helper.make_tensor_value_info(name, dtype, None) for name in outputs],
+        [helper.make_tensor_value_info(name, output_dtype or dtype, None) for name in outputs],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [helper.make_opsetid("", opset)]
@@ -89,6 +91,22 @@ def run_in_float64(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
             continue
         values[node.output[0]] = _OPERATORS[node.op_type](attributes, *[values[name] for name in node.input])
     return [values[output.name].numpy() for output in model.graph.output]
+
+
+def evaluate_in_float64(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+    """Run a model by onnx's own reference implementation in float64: any operator that it gets right."""
+    doubled = onnx.ModelProto()
+    doubled.CopyFrom(model)
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    for tensor in doubled.graph.initializer:
+        if tensor.data_type in floats:
+            array = numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    for value in (*doubled.graph.input, *doubled.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    outputs = ReferenceEvaluator(doubled).run(None, {"x": x.astype(np.float64)})
+    assert all(output.dtype == np.float64 for output in outputs)
+    return list(outputs)
 
 
 def count(model: onnx.ModelProto, op_type: str = "BatchNormalization") -> int:
@@ -131,6 +149,13 @@ def _batch_norm(a: dict[str, Any], x: Any, scale: Any, bias: Any, mean: Any, var
     return (x - mean.reshape(to)) / sigma.reshape(to) * scale.reshape(to) + bias.reshape(to)
 
 
+def _window(a: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Kernel, strides and padding of a pooling over images, padded alike on both sides."""
+    pads = a.get("pads", [0] * 4)
+    assert pads[:2] == pads[2:]
+    return tuple(a["kernel_shape"]), tuple(a.get("strides", [1, 1])), tuple(pads[:2])
+
+
 _OPERATORS: dict[str, Any] = {
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
@@ -142,6 +167,12 @@ _OPERATORS: dict[str, Any] = {
     "Relu": lambda a, x: torch.relu(x),
     "Identity": lambda a, x: x,
     "Concat": lambda a, *xs: torch.cat(xs, dim=a["axis"]),
-    "MaxPool": lambda a, x: F.max_pool2d(x, tuple(a["kernel_shape"]), tuple(a["strides"])),
+    "Sub": lambda a, x, y: x - y,
+    "Div": lambda a, x, y: x / y,
+    "Flatten": lambda a, x: x.flatten(1),
+    "MaxPool": lambda a, x: F.max_pool2d(x, *_window(a)),
+    "AveragePool": lambda a, x: F.avg_pool2d(
+        x, *_window(a), count_include_pad=bool(a.get("count_include_pad", 0))
+    ),
     "GlobalAveragePool": lambda a, x: x.mean(dim=tuple(range(2, x.ndim)), keepdim=True),
 }

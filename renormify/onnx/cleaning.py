@@ -11,7 +11,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common as rules
 
-from renormify.onnx.absorption import NAME_SCOPES
+from renormify.onnx.surgery import NAME_SCOPES
 
 __all__ = ["clean"]
 

@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from renormify.onnx.patterns import Float64, Refusal
+__all__ = [
+    "ConstantStore",
+    "Float64",
+    "Refusal",
+    "Stored",
+    "is_constant",
+    "is_standard",
+    "read_constant",
+    "read_integers",
+]
 
-__all__ = ["ConstantStore", "read_constant"]
+Float64 = npt.NDArray[np.float64]
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something stays as it is, in words."""
+
+    reason: str
+
+
+def is_standard(node: ir.Node) -> bool:
+    """Tell whether a node is of ONNX's own operators."""
+    return node.domain in ("", "ai.onnx")
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Tell whether a value is the same whatever the caller feeds."""
+    # An initializer that is an input too gives only a default: the caller may feed another.
+    return not value.is_graph_input() and ir.convenience.get_const_tensor(value) is not None
 
 
 def read_constant(value: ir.Value | None, what: str) -> Float64 | Refusal:
@@ -19,7 +48,6 @@ def read_constant(value: ir.Value | None, what: str) -> Float64 | Refusal:
     if value is None:
         return Refusal(f"{what} is missing")
     if value.is_graph_input():
-        # Also where an initializer gives its default: the caller may feed another.
         return Refusal(f"{what} is a graph input")
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
@@ -27,6 +55,33 @@ def read_constant(value: ir.Value | None, what: str) -> Float64 | Refusal:
     if tensor.dtype not in _FLOATS:
         return Refusal(f"{what} is of type {tensor.dtype.name}, not a float")
     return np.asarray(tensor.numpy()).astype(np.float64)
+
+
+def read_integers(node: ir.Node, attribute: str, position: int) -> list[int] | Refusal | None:
+    """Return integers that older opsets have in an attribute, newer ones in an input; None where absent."""
+    if attribute in node.attributes:
+        return [int(i) for i in node.attributes[attribute].as_ints()]
+    value = node.inputs[position] if position < len(node.inputs) else None
+    if value is None:
+        return None
+    tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        return Refusal(f"the {attribute} of {node.op_type} are computed in the graph")
+    return [int(i) for i in np.asarray(tensor.numpy()).reshape(-1)]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A constant in the graph.
+
+    Attributes:
+        value: the initializer.
+        rounding: the largest error that its type adds, relative to the largest entry of its row (all entries
+            of one index on the first axis).
+    """
+
+    value: ir.Value
+    rounding: float
 
 
 class ConstantStore:
@@ -49,6 +104,11 @@ class ConstantStore:
         }
         self._stored: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
 
+    @property
+    def used(self) -> bool:
+        """Whether anything has been stored, be it for a fold that came to nothing in the end."""
+        return bool(self._stored)
+
     def name(self, wanted: str) -> str:
         """Return a name that no value of the model bears yet, as near to ``wanted`` as can be."""
         name, count = wanted, 1
@@ -57,11 +117,12 @@ class ConstantStore:
         self._names.add(name)
         return name
 
-    def add(self, array: Float64, dtype: ir.DataType, wanted: str) -> ir.Value | Refusal:
+    def add(self, array: Float64, dtype: ir.DataType, wanted: str) -> Stored | Refusal:
         """Store ``array``, rounded once to ``dtype``, or say that ``dtype`` cannot hold it."""
-        with np.errstate(over="ignore"):
-            rounded = array.astype(dtype.numpy())
-        if not np.isfinite(rounded.astype(np.float64)).all():
+        with np.errstate(over="ignore", under="ignore"):
+            rounded = np.ascontiguousarray(array).astype(dtype.numpy()).reshape(array.shape)
+        back = rounded.astype(np.float64)
+        if not np.isfinite(back).all():
             return Refusal(f"what it would be folded into is not finite in {dtype.name}")
         key = (dtype, rounded.shape, hashlib.sha256(rounded.tobytes()).digest())
         if key not in self._stored:
@@ -74,4 +135,13 @@ class ConstantStore:
             )
             self._graph.register_initializer(value)
             self._stored[key] = value
-        return self._stored[key]
+        return Stored(self._stored[key], _rounding(array, back))
+
+
+def _rounding(exact: Float64, stored: Float64) -> float:
+    if not exact.size:
+        return 0.0
+    rows = (exact.shape[0], -1) if exact.ndim > 1 else (1, -1)
+    largest = np.abs(exact).reshape(rows).max(axis=1)
+    error = np.abs(stored - exact).reshape(rows).max(axis=1)
+    return float(np.divide(error, largest, out=np.zeros_like(error), where=largest > 0).max())

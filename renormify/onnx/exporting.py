@@ -29,6 +29,7 @@ from renormify.onnx.examples import (
 )
 from renormify.onnx.files import check_destination, write_model
 from renormify.onnx.folding import Fold, fold_graph
+from renormify.onnx.reordering import join_concats, pool_first
 
 __all__ = ["Export", "export_onnx"]
 
@@ -86,7 +87,8 @@ def export_onnx(
             Otherwise one row serves as well as any.
         path: the file to write.
         dynamic_batch: whether the file takes every batch size, or only the example's.
-        fold: whether to fold BatchNormalization into the operator before it (see ``fold_onnx``).
+        fold: whether to fold BatchNormalization into its neighbours (see ``fold_onnx``), to average before a
+            pointwise Conv rather than behind it, and to join a Concat of Concats.
         opset_version: the ONNX opset, or None for the one that torch's exporter prefers.
 
     Raises:
@@ -103,6 +105,9 @@ def export_onnx(
         exported = _export(model, arguments, dynamic_batch=dynamic_batch, opset_version=opset_version)
     clean(exported)
     sites = fold_graph(exported) if fold else None
+    if fold:
+        pool_first(exported)
+        join_concats(exported)
     exported = _in_opset(exported, opset_version)
     write_model(exported, destination)
     return Export(

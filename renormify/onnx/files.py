@@ -11,7 +11,7 @@ import onnx_ir as ir
 from renormify import errors
 from renormify.outputs import check_output, staged
 
-__all__ = ["check_destination", "read_model", "write_model"]
+__all__ = ["check_destination", "external_files", "read_model", "write_model"]
 
 # A protobuf message ends at 2 GiB; the graph itself needs some of that.
 LARGEST_MESSAGE = 2**31 - 2**26
@@ -37,6 +37,27 @@ def read_model(path: str | os.PathLike[str]) -> ir.Model:
     if not is_model:
         raise errors.CheckpointError(f"{path} is not an ONNX model: it names no opset")
     return model
+
+
+def external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Return the files beside an ONNX file that hold its weights.
+
+    Raises:
+        errors.CheckpointError: the file is not an ONNX model.
+    """
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError, whose module differs between its implementations
+        raise errors.CheckpointError(
+            f"{path} cannot be read as an ONNX model: {errors.one_line(error)}"
+        ) from error
+    held = (
+        tensor.const_value
+        for graph in ir.from_proto(model).graphs()
+        for tensor in graph.initializers.values()
+    )
+    places = {str(tensor.location) for tensor in held if isinstance(tensor, ir.ExternalTensor)}
+    return tuple(Path(path).parent / place for place in sorted(places))
 
 
 def check_destination(path: str | os.PathLike[str]) -> Path:

@@ -1,44 +1,53 @@
-"""Folding of inference BatchNormalization on the ONNX graph, with an account of every site."""
+"""Folding of inference affines on the ONNX graph, with an account of every site."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from renormify import errors
-from renormify.onnx.absorption import absorb, module_path, replace_output
-from renormify.onnx.constants import ConstantStore, read_constant
+from renormify.onnx.constants import ConstantStore, Refusal, is_constant
 from renormify.onnx.files import check_destination, read_model, write_model
-from renormify.onnx.leftovers import FORMS, rewrite_leftover
-from renormify.onnx.patterns import Affine, Float64, Refusal
+from renormify.onnx.leftovers import FORMS, MERGED, rewrite_leftover
+from renormify.onnx.routes import plan_backward, plan_forward
+from renormify.onnx.runs import Run, find_run, is_batch_norm
+from renormify.onnx.surgery import Applied, apply, module_path, replace_run
 
 __all__ = ["Fold", "FoldSite", "fold_graph", "fold_onnx"]
+
+# Before it, Mul and Add broadcast by attributes of their own.
+LOWEST_OPSET = 7
 
 
 @dataclass(frozen=True)
 class FoldSite:
-    """One BatchNormalization of the file.
+    """One affine of the file: a BatchNormalization, or a chain of constant Mul, Div, Add, Sub by channel.
 
     Attributes:
         name: the module's path in the torch model where the file tells it, else the node's own name; of
             several with one name, the further ones are "name:1", "name:2".
         action: "folded", "rewritten" or "kept".
-        into: the operator that has taken it in, or the form it was rewritten to; None where it was kept.
+        into: the operators that have taken it in, or the form it was rewritten to; None where it was kept.
         reason: why it was not folded, in words; empty where it was.
+        kind: "BatchNormalization" or "chain".
+        copied: bytes by which its fold makes the file larger, for weights that others still use as they were.
+        rounding: for float16 and bfloat16, the largest error of the weights it was folded into, relative to
+            the largest weight of their row; None for float32 and float64.
     """
 
     name: str
     action: Literal["folded", "rewritten", "kept"]
     into: str | None
     reason: str
+    kind: Literal["BatchNormalization", "chain"] = "BatchNormalization"
+    copied: int = 0
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Fold:
 
     Attributes:
         model: the folded model, weights included; what was given is untouched.
-        sites: one entry for each BatchNormalization, in graph order.
+        sites: one entry for each BatchNormalization and each chain, in graph order.
     """
 
     model: onnx.ModelProto
@@ -61,12 +70,20 @@ class Fold:
     @property
     def batch_norm_nodes(self) -> int:
         """How many BatchNormalization nodes are left."""
-        return sum(site.action == "kept" for site in self.sites)
+        kept = sum(site.action == "kept" and site.kind == "BatchNormalization" for site in self.sites)
+        # Of several norms that became one, the first is kept; arithmetic that became one is one more.
+        return kept + sum(site.into == MERGED and site.kind == "chain" for site in self.sites)
+
+    @property
+    def copied(self) -> int:
+        """By how many bytes the file grows, for weights that were shared and are not any more."""
+        return sum(site.copied for site in self.sites)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sites and their count as plain data; the model is left out."""
         return {
             "batch_norm_nodes": self.batch_norm_nodes,
+            "copied": self.copied,
             "sites": [asdict(site) for site in self.sites],
         }
 
@@ -77,18 +94,19 @@ def fold_onnx(
     *,
     leftover: str = "auto",
 ) -> Fold:
-    """Fold each inference BatchNormalization into the operator before it.
+    """Fold each inference BatchNormalization, and each affine like it, into its neighbours.
 
-    Conv, ConvTranspose, Gemm and MatMul take it in, also through a constant Add between. The algebra is done
-    in float64 and stored once in the weight's own type. A weight with other users is copied for this one. Any
-    ONNX file will do, ours or not; what does not fold stays true and says why.
+    Conv, ConvTranspose, Gemm and MatMul take it in, those before it and those behind it, also through
+    operators that commute with it: shapes, pooling, Concat. The algebra is done in float64 and stored once in
+    the weight's own type. A weight with other users is copied for this one. Any ONNX file will do, ours or
+    not; what does not fold stays true and says why.
 
     Args:
         model_or_path: a file, a ModelProto or an onnx_ir Model; it is not changed.
         path: where to write the folded file, or None to write none.
-        leftover: what becomes of a BatchNormalization that does not fold: "bn" leaves it, "affine" writes Mul
-            and Add, "conv" a depthwise 1x1 Conv; "auto" writes the Conv on images (rank 4), where onnxruntime
-            fuses it with the ReLU behind it, and Mul and Add elsewhere.
+        leftover: what becomes of an affine that does not fold: "bn" leaves it, "affine" writes Mul and Add,
+            "conv" a depthwise 1x1 Conv; "auto" writes what onnxruntime runs fastest: the Conv on images (rank
+            4), where it fuses with the ReLU behind it, one BatchNormalization elsewhere.
 
     Raises:
         errors.InputError: an unknown ``leftover``, or a model of another type.
@@ -121,87 +139,118 @@ def fold_onnx(
 
 def fold_graph(model: ir.Model, *, leftover: str = "auto") -> tuple[FoldSite, ...]:
     """Fold ``model`` in place and return its sites: ``fold_onnx`` for a model that is held already."""
-    if any(_is_batch_norm(node) for function in model.functions.values() for node in function.all_nodes()):
+    if any(is_batch_norm(node) for function in model.functions.values() for node in function.all_nodes()):
         # A function cannot see the main graph's weights, and its callers may each bring their own.
         passes.InlinePass()(model)
     passes.IdentityEliminationPass()(model)
-    if any(_lacks_rank(node) for node in model.graph.all_nodes()):
+    if any(output.shape is None for node in model.graph.all_nodes() for output in node.outputs):
         passes.ShapeInferencePass()(model)
-    constants = ConstantStore(model)
-    seen: Counter[str] = Counter()
-    sites = []
-    for node in [node for node in model.graph.all_nodes() if _is_batch_norm(node)]:
-        name = module_path(node) or node.name or node.outputs[0].name or "BatchNormalization"
-        further = f"{name}:{seen[name]}" if seen[name] else name
-        seen[name] += 1
-        sites.append(_treat(node, further, constants, leftover))
-    if any(site.action != "kept" for site in sites):
+    folder = _Folder(model, leftover)
+    for node in list(model.graph.all_nodes()):
+        if node.graph is not None:  # an earlier one may have taken it along
+            folder.visit(node)
+    sites = folder.finish()
+    if folder.constants.used or any(site.action != "kept" for site in sites):
         passes.RemoveUnusedNodesPass()(model)
-    return tuple(sites)
+    return sites
 
 
-def _is_batch_norm(node: ir.Node) -> bool:
-    return node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
+@dataclass(frozen=True)
+class _Rest:
+    """A run that did not fold: its first node, where its sites are in the account, and why."""
+
+    first: ir.Node
+    places: tuple[int, ...]
+    reason: str
 
 
-def _lacks_rank(node: ir.Node) -> bool:
-    if not _is_batch_norm(node):
-        return False
-    return any(value is not None and value.shape is None for value in _upstream(node.inputs[0]))
+class _Folder:
+    """One folding of one model: the account so far, and what is left to be rewritten at the end."""
+
+    def __init__(self, model: ir.Model, leftover: str) -> None:
+        self.constants = ConstantStore(model)
+        self._opset = model.graph.opset_imports.get("", 0)
+        self._leftover = leftover
+        self._seen: Counter[str] = Counter()
+        self._visited: set[ir.Node] = set()
+        self._sites: list[FoldSite] = []
+        self._rests: list[_Rest] = []
+
+    def visit(self, node: ir.Node) -> None:
+        """Fold the run that begins with ``node``, if there is one, and account for it."""
+        if node in self._visited:
+            return
+        run = find_run(node)
+        if self._opset < LOWEST_OPSET and is_batch_norm(node):
+            run = Refusal(f"opset {self._opset} is older than {LOWEST_OPSET}")
+        if isinstance(run, Refusal):
+            if is_batch_norm(node):
+                self._sites.append(FoldSite(self._name(node), "kept", None, run.reason))
+            return
+        self._visited.update(run.nodes)
+        if not run.is_site:
+            return
+        kind: Literal["BatchNormalization", "chain"] = "BatchNormalization" if run.norms else "chain"
+        names = [self._name(part) for part in run.norms or run.nodes[:1]]
+        outcome = _fold(run, names, self.constants)
+        if isinstance(outcome, Refusal):
+            start = len(self._sites)
+            self._sites += [FoldSite(name, "kept", None, outcome.reason, kind) for name in names]
+            self._rests.append(_Rest(run.nodes[0], tuple(range(start, len(self._sites))), outcome.reason))
+            return
+        for index, name in enumerate(names):
+            copied = 0 if index else outcome.copied
+            self._sites.append(FoldSite(name, "folded", outcome.into, "", kind, copied, outcome.rounding))
+
+    def finish(self) -> tuple[FoldSite, ...]:
+        """Write what did not fold in the form that was asked for; return the account."""
+        for rest in self._rests:
+            run = find_run(rest.first)  # read again: another site may have gone into it
+            if isinstance(run, Refusal):  # and made a map of biases of it
+                continue
+            written = rewrite_leftover(run, self._leftover, self.constants)
+            if not isinstance(written, Refusal):
+                nodes, form = written
+                replace_run(run, nodes)
+            for place in rest.places:
+                site = self._sites[place]
+                if isinstance(written, Refusal):
+                    reason = "; ".join(filter(None, (rest.reason, written.reason)))
+                    self._sites[place] = FoldSite(site.name, "kept", None, reason, site.kind)
+                elif form == MERGED and site.kind != "chain" and place == rest.places[0]:
+                    self._sites[place] = FoldSite(site.name, "kept", None, rest.reason, site.kind)
+                else:
+                    self._sites[place] = FoldSite(site.name, "rewritten", form, rest.reason, site.kind)
+        return tuple(self._sites)
+
+    def _name(self, node: ir.Node) -> str:
+        name = module_path(node) or node.name or node.outputs[0].name or node.op_type
+        self._seen[name] += 1
+        return f"{name}:{self._seen[name] - 1}" if self._seen[name] > 1 else name
 
 
-def _upstream(value: ir.Value | None) -> Iterator[ir.Value | None]:
-    yield value
-    if value is not None and (node := value.producer()) is not None:
-        yield from node.inputs
-
-
-def _treat(node: ir.Node, name: str, constants: ConstantStore, leftover: str) -> FoldSite:
-    affine = _read_affine(node)
-    if isinstance(affine, Refusal):
-        return FoldSite(name, "kept", None, affine.reason)
-    outcome = absorb(node, name, affine, constants)
-    if isinstance(outcome, str):
-        return FoldSite(name, "folded", outcome, "")
-    if leftover == "bn":
-        return FoldSite(name, "kept", None, outcome.reason)
-    rewritten = rewrite_leftover(node, affine, leftover, constants)
-    if isinstance(rewritten, Refusal):
-        return FoldSite(name, "kept", None, f"{outcome.reason}; {rewritten.reason}")
-    nodes, form = rewritten
-    graph = node.graph
+def _fold(run: Run, names: list[str], constants: ConstantStore) -> Applied | Refusal:
+    """Place a run in what comes before it, else in what comes behind it."""
+    if not run.norms and _ends_a_normalisation(run):
+        return Refusal(
+            "it ends a normalisation over the input's own statistics, which runtimes fuse as a whole"
+        )
+    graph = run.nodes[0].graph
     assert graph is not None  # it was reached through its graph
-    for new in nodes:
-        new.metadata_props.update(node.metadata_props)
-    graph.insert_before(node, nodes)
-    replace_output(node, nodes[-1])
-    return FoldSite(name, "rewritten", form, outcome.reason)
+    edits = plan_backward(run.x, run.affine, graph)
+    before = edits if isinstance(edits, Refusal) else apply(edits, run, names, constants)
+    if not isinstance(before, Refusal):
+        return before
+    edits = plan_forward(run.nodes[-1].outputs[0], run.affine, graph)
+    behind = edits if isinstance(edits, Refusal) else apply(edits, run, names, constants)
+    if not isinstance(behind, Refusal):
+        return behind
+    return Refusal(f"before it, {before.reason}; behind it, {behind.reason}")
 
 
-def _read_affine(node: ir.Node) -> Affine | Refusal:
-    """Return what an inference BatchNormalization computes, or why it is not one."""
-    version = node.version or (node.graph.opset_imports.get("") if node.graph is not None else None) or 14
-    if node.attributes.get_int("training_mode", 0):
-        return Refusal("it normalises by the statistics of its batch (training_mode=1)")
-    if version < 7 and not node.attributes.get_int("is_test", 0):
-        return Refusal("it normalises by the statistics of its batch (is_test=0)")
-    if not node.attributes.get_int("spatial", 1):
-        return Refusal("it has statistics for each position, not for each channel (spatial=0)")
-    if any(output.name and (output.uses() or output.is_graph_output()) for output in node.outputs[1:]):
-        return Refusal("its batch statistics are used as outputs")
-    arrays: list[Float64] = []
-    for value, what in zip(
-        node.inputs[1:5], ("its scale", "its bias", "its mean", "its variance"), strict=True
-    ):
-        array = read_constant(value, what)
-        if isinstance(array, Refusal):
-            return array
-        arrays.append(array)
-    gamma, beta, mean, variance = arrays
-    eps = node.attributes.get_float("epsilon", 1e-5)
-    with np.errstate(all="ignore"):
-        scale = gamma / np.sqrt(variance + eps)
-        shift = beta - mean * scale
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        return Refusal("its scale or shift is not finite in some channel")
-    return Affine(scale, shift)
+def _ends_a_normalisation(run: Run) -> bool:
+    """Tell whether what is scaled was divided by something computed: the end of a LayerNorm, written out."""
+    producer = run.x.producer()
+    if producer is None or producer.op_type not in ("Div", "Mul"):
+        return False
+    return not any(value is None or is_constant(value) for value in producer.inputs)
