@@ -42,7 +42,14 @@ def test_renormify_commands_run_in_their_order(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     shutil.copy(WEIGHTS, "mobilenet_v2.pth")
     commands = _commands("renormify")
-    assert [words[1] for words in commands] == ["inspect", "convert", "export", "verify"]
+    assert [words[1] for words in commands] == [
+        "inspect",
+        "convert",
+        "export",
+        "verify",
+        "export",
+        "fold",
+    ]
     for words in commands:
         result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, result.output
@@ -50,6 +57,8 @@ def test_renormify_commands_run_in_their_order(tmp_path: Path, monkeypatch: pyte
         "mobilenet_v2.pth",
         "renorm.safetensors",
         "mobilenet_v2.onnx",
+        "unfolded.onnx",
+        "folded.onnx",
     }
 
 
