@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -63,22 +64,28 @@ class NormCall:
 def norm_calls(graph: fx.Graph) -> Iterator[NormCall]:
     """The calls that use running statistics; without them it is weight standardisation or instance norm."""
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in _ARGUMENTS:
+        target = _overload(node.target)
+        if node.op != "call_function" or target not in _ARGUMENTS:
             continue
-        names = _ARGUMENTS[node.target]
+        names = _ARGUMENTS[target]
         given = zip(names, node.args, strict=False)  # a further argument chooses a kernel
         arguments = {**_DEFAULTS, **dict(given), **node.kwargs}
         if "training" not in names:
-            arguments["training"] = node.target not in _EVALUATING
+            arguments["training"] = target not in _EVALUATING
         if arguments.get("running_mean") is not None:
-            yield NormCall(node, arguments, node.target in _SINGLE)
+            yield NormCall(node, arguments, target in _SINGLE)
+
+
+def _overload(target: Any) -> Any:
+    """The operator that a packet of overloads stands for; each of these has but the one."""
+    return getattr(target, "default", None) if isinstance(target, torch._ops.OpOverloadPacket) else target
 
 
 def unknown_calls(graph: fx.Graph) -> Iterator[fx.Node]:
     """The calls of operators that are batch_norm by their name, and of no kind that is known here."""
     for node in graph.nodes:
         name = str(node.target).lower()
-        known = node.target in _ARGUMENTS or "backward" in name or name.startswith("<")
+        known = _overload(node.target) in _ARGUMENTS or "backward" in name or name.startswith("<")
         if node.op == "call_function" and "batch_norm" in name and not known:
             yield node
 
@@ -96,9 +103,14 @@ def calls_batch_norm(module: nn.Module) -> bool:
 
 
 def calls_super_forward(module: nn.Module) -> bool:
-    """Whether the module's own forward leaves the normalising to the class it derives from."""
-    names = {name for code in _codes(type(module).forward) for name in code.co_names}
-    return {"super", "forward"} <= names
+    """Whether every forward before that of torch.nn leaves the normalising to the class it derives from."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.nn."):
+            return True
+        names = {name for code in _codes(vars(cls).get("forward")) for name in code.co_names}
+        if "forward" in vars(cls) and not {"super", "forward"} <= names:
+            return False
+    return True
 
 
 def _is_hashable(thing: object) -> bool:
@@ -128,9 +140,12 @@ def _named_functions(module: nn.Module) -> Iterator[Any]:
             continue
         seen.add(id(function))
         yield function
-        if isinstance(function, FunctionType) and not function.__module__.startswith("torch."):
+        if isinstance(function, FunctionType) and not str(function.__module__).startswith("torch."):
+            stack += (function.__defaults__ or ()) + tuple((function.__kwdefaults__ or {}).values())
             for code in _codes(function):
                 stack += _names(code, function, module)
+                if "super" in code.co_names:
+                    stack += _inherited(code.co_names, module)
 
 
 def _names(code: CodeType, function: FunctionType, module: nn.Module) -> Iterator[Any]:
@@ -155,6 +170,12 @@ def _names(code: CodeType, function: FunctionType, module: nn.Module) -> Iterato
             yield value
 
 
+def _inherited(names: tuple[str, ...], module: nn.Module) -> Iterator[Any]:
+    """What ``super()`` may find under some names: all that the module's class and its ancestors have."""
+    for cls in type(module).__mro__:
+        yield from (vars(cls)[name] for name in names if name in vars(cls))
+
+
 def _is_filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
@@ -169,4 +190,6 @@ def _attribute(value: Any, name: str) -> Any:
         return None if isinstance(found, property) else found
     if isinstance(value, (ModuleType, torch._ops.OpOverloadPacket)):
         return getattr(value, name, None)
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return inspect.getattr_static(value, name, None)
     return None

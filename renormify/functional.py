@@ -17,7 +17,7 @@ is written in public operations.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,8 @@ def batch_renorm(
             ``stat``, or limits or eps out of range.
         RuntimeError: for statistics, weight or bias whose size is not the number of channels.
     """
+    if isinstance(input, torch.fx.Proxy):
+        return _recorded(input, locals())
     _check(input, running_mean, running_var, weight, bias, r_max, d_max, stat, eps)
     group = _group_to_join(process_group) if training and process_group is not None else None
     if not training or (input.numel() == 0 and group is None):
@@ -125,6 +127,11 @@ def batch_renorm(
 
 
 _NOTHING = nullcontext()
+
+
+def _recorded(input: torch.fx.Proxy, arguments: dict[str, Any]) -> Any:
+    """One node for the function, when an FX tracer asks."""
+    return input.tracer.create_proxy("call_function", batch_renorm, (), arguments)
 
 
 class _Statistics(NamedTuple):

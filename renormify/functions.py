@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from renormify.calls import NormCall, norm_calls
-from renormify.forwards import TrainingForward
+from renormify.forwards import TrainingForward, calls_in_forward
 from renormify.graphs import FunctionRewrite, call_layer, layer_of, restore_calls
 from renormify.layers import is_batch_renorm
 from renormify.rules import convert_layer
@@ -19,11 +19,13 @@ from renormify.sites import Site
 __all__ = ["convert_forward", "convert_graph", "restore_forward"]
 
 
-def convert_forward(module: nn.Module, settings: Settings) -> None:
-    """Rewrites the calls in a module's own forward. It keeps its class, and gets ``r_max`` and ``d_max``."""
+def convert_forward(module: nn.Module, sites: Iterable[Site], settings: Settings) -> None:
+    """Rewrites calls in a module's own forward. It keeps its class, and gets ``r_max`` and ``d_max``."""
     _bear_limits(module, settings)
     rewrite = FunctionRewrite(settings.momentum, settings.stat, settings.include_frozen)
-    forward = TrainingForward(type(module).forward, rewrite)
+    chosen = {site.number for site in sites}
+    numbers = range(len(calls_in_forward(module, type(module).forward)[0]))
+    forward = TrainingForward(type(module).forward, rewrite, frozenset(numbers) - chosen)
     forward.prepare(module)
     vars(module)["forward"] = functools.partial(forward, module)
 

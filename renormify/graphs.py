@@ -23,7 +23,7 @@ def problem_of(call: NormCall) -> str | None:
         statistics = call.arguments[name]
         if not isinstance(statistics, fx.Node) or statistics.op not in ("get_attr", "placeholder"):
             return "its running statistics are computed in the forward, as for instance norm"
-    if not call.single and any(_index(user) in (1, 2) for user in call.node.users):
+    if not call.single and any(_index(user) in (1, 2) and user.users for user in call.node.users):
         return "the statistics of the batch that it returns are used"
     return None
 
@@ -129,17 +129,22 @@ def _index(node: fx.Node) -> Any:
 
 
 _aten = torch.ops.aten
-_COUNTING = ("add_", operator.iadd, _aten.add_.Tensor, _aten.add.Tensor, _aten.copy_.default)
+_COUNTING = ("add_", operator.iadd, operator.add, _aten.add_.Tensor, _aten.add.Tensor, _aten.copy_.default)
 
 
 def _forget_count(graph: fx.Graph, target: str) -> None:
     """Removes what counts the batches: the layer counts those that move its statistics."""
     for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == target]:
-        for user in reversed(list(node.users)):  # the copy back of a sum comes behind the sum
-            if user.target in _COUNTING and not user.users:
+        users = [user for user in node.users if user.target in _COUNTING]
+        for user in [keeper for user in users for keeper in user.users if _keeps(keeper, target)] + users[::-1]:
+            if not user.users:  # the copy back of a sum comes behind the sum
                 graph.erase_node(user)
         if not node.users:
             graph.erase_node(node)
+
+
+def _keeps(node: fx.Node, attribute: str) -> bool:
+    return node.target == "__setattr__" and node.args[0] == attribute
 
 
 def restore_calls(module: fx.GraphModule) -> bool:

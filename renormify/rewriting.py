@@ -279,7 +279,7 @@ def _apply(model: nn.Module, verdicts: _Verdicts, settings: Settings) -> nn.Modu
         if isinstance(module, fx.GraphModule) and calls:
             convert_graph(module, calls, path, settings)
         elif calls:
-            convert_forward(module, settings)
+            convert_forward(module, calls, settings)
         elif rule_for(module) is not None:
             model = _put(model, path, apply_rule(module, settings))
         else:
