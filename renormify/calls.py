@@ -43,17 +43,28 @@ _DEFAULTS = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "
 
 @dataclass(frozen=True)
 class NormCall:
-    """One call of batch_norm in a graph.
-
-    Attributes:
-        node: the call.
-        arguments: by their names in :func:`torch.nn.functional.batch_norm`; each a node, or a constant.
-        single: whether the call gives its output alone, rather than the first of several.
-    """
+    """One call of batch_norm in a graph."""
 
     node: fx.Node
-    arguments: dict[str, Any]
-    single: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """By their names in :func:`torch.nn.functional.batch_norm`; each a node, or a constant.
+
+        Read anew each time: rewriting one call exchanges the input of the next.
+        """
+        target = _overload(self.node.target)
+        names = _ARGUMENTS[target]
+        given = zip(names, self.node.args, strict=False)  # a further argument chooses a kernel
+        arguments = {**_DEFAULTS, **dict(given), **self.node.kwargs}
+        if "training" not in names:
+            arguments["training"] = target not in _EVALUATING
+        return arguments
+
+    @property
+    def single(self) -> bool:
+        """Whether the call gives its output alone, rather than the first of several."""
+        return _overload(self.node.target) in _SINGLE
 
     @property
     def trains(self) -> bool:
@@ -64,16 +75,10 @@ class NormCall:
 def norm_calls(graph: fx.Graph) -> Iterator[NormCall]:
     """The calls that use running statistics; without them it is weight standardisation or instance norm."""
     for node in graph.nodes:
-        target = _overload(node.target)
-        if node.op != "call_function" or target not in _ARGUMENTS:
-            continue
-        names = _ARGUMENTS[target]
-        given = zip(names, node.args, strict=False)  # a further argument chooses a kernel
-        arguments = {**_DEFAULTS, **dict(given), **node.kwargs}
-        if "training" not in names:
-            arguments["training"] = target not in _EVALUATING
-        if arguments.get("running_mean") is not None:
-            yield NormCall(node, arguments, target in _SINGLE)
+        if node.op == "call_function" and _overload(node.target) in _ARGUMENTS:
+            call = NormCall(node)
+            if call.arguments.get("running_mean") is not None:
+                yield call
 
 
 def _overload(target: Any) -> Any:
@@ -84,8 +89,8 @@ def _overload(target: Any) -> Any:
 def unknown_calls(graph: fx.Graph) -> Iterator[fx.Node]:
     """The calls of operators that are batch_norm by their name, and of no kind that is known here."""
     for node in graph.nodes:
-        name = str(node.target).lower()
-        known = _overload(node.target) in _ARGUMENTS or "backward" in name or name.startswith("<")
+        name = getattr(node.target, "__name__", "").lower()
+        known = _overload(node.target) in _ARGUMENTS or "backward" in name
         if node.op == "call_function" and "batch_norm" in name and not known:
             yield node
 

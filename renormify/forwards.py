@@ -69,19 +69,23 @@ class TrainingForward:
     def _function(
         self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants
     ) -> Callable[..., Any]:
-        if torch.compiler.is_compiling():  # a compiler watches the attributes itself, and cannot trace
-            return self._traced[constants][0]
-        attributes = _attributes(module)
         key = tuple((name, type(value), value) for name, value in constants)
-        function, traced_with = self._traced.get(key, (None, None))
-        if function is None or traced_with != attributes:
-            graph = self._graph(module, inputs, constants)
-            code = graph.python_code("self")
-            namespace = dict(code.globals)
-            exec(code.src, namespace)
-            function = namespace["forward"]
-            self._traced[key] = function, attributes
-        return function
+        attributes = _attributes(module)  # which a compiler hereby watches
+        if torch.compiler.is_compiling():
+            _bring_up_to_date(self, module, inputs, constants)
+        else:
+            self._bring_up_to_date(module, inputs, constants, key, attributes)
+        return self._traced[key][0]
+
+    def _bring_up_to_date(
+        self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants, key: Any, attributes: list[Any]
+    ) -> None:
+        if key in self._traced and self._traced[key][1] == attributes:
+            return
+        code = self._graph(module, inputs, constants).python_code("self")
+        namespace = dict(code.globals)
+        exec(code.src, namespace)
+        self._traced[key] = namespace["forward"], attributes
 
     def _graph(self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants) -> fx.Graph:
         try:
@@ -101,6 +105,14 @@ class TrainingForward:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_traced": {}}  # what exec made cannot be pickled; it is traced again
+
+
+@torch.compiler.assume_constant_result
+def _bring_up_to_date(forward: TrainingForward, module: nn.Module, inputs: Any, constants: Any) -> bool:
+    """Traces where that is due while a compiler looks on, which cannot follow it."""
+    key = tuple((name, type(value), value) for name, value in constants)
+    forward._bring_up_to_date(module, inputs, constants, key, _attributes(module))
+    return True
 
 
 def _attributes(module: nn.Module) -> list[Any]:

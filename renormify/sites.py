@@ -109,7 +109,8 @@ def _sites_in_graph(path: str, module: fx.GraphModule) -> Iterator[Site]:
         channels = _channels_of(calls[0], module)
         yield Site(name, _CALL, channels, bearer, path, owner, number, tuple(calls), problem)
     for node in unknown_calls(module.graph):
-        yield Site(path, str(node.target), None, module, path, problem="an operator of unknown kind")
+        kind = f"{getattr(node.target, '__name__', node.target)}()"
+        yield Site(path, kind, None, module, path, problem="an operator of unknown kind")
 
 
 _CALL = "batch_norm()"
