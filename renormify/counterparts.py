@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from renormify.forwards import TrainingForward
+from renormify.functional import is_proxy
 from renormify.kernels import per_channel
 from renormify.layers import (
     AnyBatchRenorm,
@@ -28,7 +29,6 @@ from renormify.layers import (
     BatchRenorm2d,
     BatchRenorm3d,
     Renormalised,
-    is_proxy,
     kept_whole,
 )
 from renormify.sync import SyncBatchRenorm, Synchronised

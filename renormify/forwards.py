@@ -25,6 +25,7 @@ Rewrite = Callable[[fx.Graph, NormCall], None]
 
 _PLAIN = (type(None), bool, int, float, str)
 _Constants = tuple[tuple[str, Any], ...]
+_Key = tuple[tuple[str, type, Any], ...]
 
 
 class TrainingForward:
@@ -46,8 +47,8 @@ class TrainingForward:
         self.rewrite = rewrite
         self.left = left
         self._required, self._defaults = _parameters(forward)
-        # By the arguments held fixed: the function, and the attributes that it holds fixed.
-        self._traced: dict[_Constants, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+        # By the arguments held fixed, with their types: the function, and the attributes that it holds fixed.
+        self._traced: dict[_Key, tuple[Callable[..., Any], list[Any]]] = {}
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The output of the forward in training; in evaluation, of the original."""
@@ -69,23 +70,23 @@ class TrainingForward:
     def _function(
         self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants
     ) -> Callable[..., Any]:
-        key = tuple((name, type(value), value) for name, value in constants)
-        attributes = _attributes(module)  # which a compiler hereby watches
         if torch.compiler.is_compiling():
+            _attributes(module)  # for the compiler to watch
             _bring_up_to_date(self, module, inputs, constants)
         else:
-            self._bring_up_to_date(module, inputs, constants, key, attributes)
-        return self._traced[key][0]
+            self.bring_up_to_date(module, inputs, constants)
+        return self._traced[_key(constants)][0]
 
-    def _bring_up_to_date(
-        self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants, key: Any, attributes: list[Any]
-    ) -> None:
-        if key in self._traced and self._traced[key][1] == attributes:
+    def bring_up_to_date(self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants) -> None:
+        """Traces the forward, unless that was done and nothing has changed since."""
+        attributes = _attributes(module)
+        _, traced_with = self._traced.get(_key(constants), (None, None))
+        if traced_with == attributes:
             return
         code = self._graph(module, inputs, constants).python_code("self")
         namespace = dict(code.globals)
         exec(code.src, namespace)
-        self._traced[key] = namespace["forward"], attributes
+        self._traced[_key(constants)] = namespace["forward"], attributes
 
     def _graph(self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants) -> fx.Graph:
         try:
@@ -107,12 +108,17 @@ class TrainingForward:
         return {**vars(self), "_traced": {}}  # what exec made cannot be pickled; it is traced again
 
 
-@torch.compiler.assume_constant_result
-def _bring_up_to_date(forward: TrainingForward, module: nn.Module, inputs: Any, constants: Any) -> bool:
-    """Traces where that is due while a compiler looks on, which cannot follow it."""
-    key = tuple((name, type(value), value) for name, value in constants)
-    forward._bring_up_to_date(module, inputs, constants, key, _attributes(module))
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _bring_up_to_date(
+    forward: TrainingForward, module: nn.Module, inputs: tuple[str, ...], constants: _Constants
+) -> bool:
+    """While a compiler looks on, which cannot follow another tracer."""
+    forward.bring_up_to_date(module, inputs, constants)
     return True
+
+
+def _key(constants: _Constants) -> _Key:
+    return tuple((name, type(value), value) for name, value in constants)
 
 
 def _attributes(module: nn.Module) -> list[Any]:

@@ -144,7 +144,7 @@ def _forget_count(graph: fx.Graph, target: str) -> None:
 
 
 def _keeps(node: fx.Node, attribute: str) -> bool:
-    return node.target == "__setattr__" and node.args[0] == attribute
+    return bool(node.target == "__setattr__" and node.args[0] == attribute)
 
 
 def restore_calls(module: fx.GraphModule) -> bool:

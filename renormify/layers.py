@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from renormify.errors import RenormifyWarning
-from renormify.functional import STATS, batch_renorm, check_limits, evaluate
+from renormify.functional import STATS, batch_renorm, check_limits, evaluate, is_proxy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,14 +23,8 @@ __all__ = [
     "BatchRenorm3d",
     "Renormalised",
     "is_batch_renorm",
-    "is_proxy",
     "kept_whole",
 ]
-
-
-def is_proxy(*inputs: object) -> bool:
-    """Whether an FX tracer is asking."""
-    return any(isinstance(input, torch.fx.Proxy) for input in inputs)
 
 
 def kept_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -32,6 +32,9 @@ from renormify import convert, renormify, revert
 from renormify.errors import UnsupportedModelError
 from renormify.layers import is_batch_renorm
 
+# The inputs are small, to be quick.
+pytestmark = pytest.mark.filterwarnings("ignore:.* values per channel:renormify.errors.RenormifyWarning")
+
 
 def _norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -55,12 +58,11 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         torchvision.models.inception_v3, 139, num_classes=5, aux_logits=True, init_weights=False
     ),
     "densenet": lambda: (
-        torchvision.models.DenseNet(4, (2, 2), 8, memory_efficient=True, drop_rate=0.2, num_classes=5),
-        torch.randn(2, 3, 32, 32),
+        torchvision.models.DenseNet(4, (2, 2), 8, drop_rate=0.2, num_classes=5), torch.randn(2, 3, 32, 32)
     ),
     "efficientnet": _timm("efficientnet_b0", 64, drop_rate=0.2, drop_path_rate=0.2),
     "levit": _timm("levit_128s", 32, img_size=32),
-    "convit with hybrid": _timm("resnet10t", 64),
+    "resnet10t": _timm("resnet10t", 64),
     "regnet": _timm("regnetx_002", 64),
     "video": lambda: (torchvision.models.video.r3d_18(num_classes=4), torch.randn(1, 3, 4, 24, 24)),
 }
@@ -100,7 +102,7 @@ def _targets() -> list[dict[str, Tensor]]:
 
 DETECTORS: dict[str, Callable[[], nn.Module]] = {
     "fasterrcnn": lambda: detection.fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64, trainable_backbone_layers=6
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
     ),
     "ssdlite": lambda: detection.ssdlite320_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=3
@@ -134,7 +136,9 @@ def test_detector_with_a_frozen_backbone() -> None:
         backbone_name="resnet18", weights=None, trainable_layers=3
     )
     anchors = detection.anchor_utils.AnchorGenerator(((16,), (32,), (64,), (96,), (128,)), ((1.0,),) * 5)
-    model = lived_in(detection.FasterRCNN(backbone, 3, anchors, min_size=64, max_size=64))
+    model = lived_in(detection.FasterRCNN(
+        backbone, 3, min_size=64, max_size=64, rpn_anchor_generator=anchors
+    ))
     assert all(site.reason.startswith("frozen") for site in _skipped(model))
     conversion = convert(model, include_frozen=True)
     assert len(conversion.report.converted) == 20
@@ -175,7 +179,6 @@ def test_weight_standardisation_is_no_site_and_stays() -> None:
         model = timm.create_model(name, num_classes=5)
         for report in _reports(model):
             assert report == ()
-    model = nn.Sequential(timm.create_model("resnetv2_18", num_classes=5), nn.Linear(5, 2))
     standardised = nn.Sequential(timm.layers.StdConv2d(3, C, 3), timm.layers.ScaledStdConv2d(C, C, 3), nn.BatchNorm2d(C))
     conversion = assert_converts(lived_in(standardised), torch.randn(2, 3, 9, 9))
     assert conversion.report.converted == ("2",)
@@ -203,7 +206,7 @@ def test_levit_after_a_forward_in_evaluation() -> None:
     model = lived_in(timm.create_model("levit_128s", num_classes=5, img_size=32)).eval()
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)  # it keeps its attention biases, which are no leaves and cannot be copied
-    with pytest.raises(UnsupportedModelError, match=r"LevitDistilled.*cannot be copied.*inplace=True|Levit.*inplace=True"):
+    with pytest.raises(UnsupportedModelError, match=r"Levit.* cannot be copied .*inplace=True"):
         convert(model)
     assert len(_norms(model)) > 10
     conversion = convert(model, inplace=True)
@@ -336,7 +339,6 @@ def test_rt_detr() -> None:
     frozen = [site for site in conversion.report.sites if site.action == "skipped"]
     assert {site.kind for site in frozen} == {"RTDetrFrozenBatchNorm2d"}
     assert conversion.report.converted == tuple(_norms(model))
-    assert_converts(model, x, steps_in_evaluation=True) if False else None
     thawed = convert(model, include_frozen=True)
     assert thawed.report.skipped == ()
     assert len(thawed.report.converted) == len(frozen) + len(conversion.report.converted)
