@@ -101,7 +101,7 @@ class _Derived(nn.Module):
 
     @contextmanager
     def _statistics_as_the_weight(self) -> Iterator[None]:
-        """For code of the class's own: ``.half()`` leaves the statistics in float32, a kernel wants them alike."""
+        """For code of the class's own, whose kernels want alike what ``.half()`` leaves in float32."""
         kept, weight = (self.running_mean, self.running_var), getattr(self, "weight", None)
         if weight is None or weight.dtype.itemsize >= kept[0].dtype.itemsize:
             yield

@@ -122,7 +122,7 @@ def _key(constants: _Constants) -> _Key:
 
 
 def _attributes(module: nn.Module) -> list[Any]:
-    """What a graph of the module's forward may hold fixed: plain values, and what is absent, in all its parts."""
+    """What a graph of the module's forward may hold fixed: plain values, and what is absent."""
     found: list[Any] = []
     for part in module.modules():
         found += [(name, value) for name, value in vars(part).items() if _is_plain(value)]

@@ -135,9 +135,10 @@ _COUNTING = ("add_", operator.iadd, operator.add, _aten.add_.Tensor, _aten.add.T
 def _forget_count(graph: fx.Graph, target: str) -> None:
     """Removes what counts the batches: the layer counts those that move its statistics."""
     for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == target]:
-        users = [user for user in node.users if user.target in _COUNTING]
-        for user in [keeper for user in users for keeper in user.users if _keeps(keeper, target)] + users[::-1]:
-            if not user.users:  # the copy back of a sum comes behind the sum
+        counting = [user for user in node.users if user.target in _COUNTING]
+        keeping = [user for count in counting for user in count.users if _keeps(user, target)]
+        for user in (*keeping, *reversed(counting)):  # the copy back of a sum comes behind the sum
+            if not user.users:
                 graph.erase_node(user)
         if not node.users:
             graph.erase_node(node)

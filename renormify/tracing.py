@@ -71,7 +71,9 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
     """Records what a forward keeps, so that the graph keeps it too."""
     if isinstance(value, fx.Proxy):
         value.tracer.create_proxy("call_module", "__setattr__", (name, value), {})
-    elif value is not getattr(self, name, self) and not (type(value) in _PLAIN and value == getattr(self, name)):
+    elif value is not getattr(self, name, self) and not (
+        type(value) in _PLAIN and value == getattr(self, name)
+    ):
         raise fx.proxy.TraceError(f"it sets self.{name}")
     nn.Module.__setattr__(self, name, value)
 
@@ -146,7 +148,7 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
             name for names in (model._buffers, model._parameters, model._modules) for name in names
         }
     finally:
-        changed |= any([restore() for restore in undo])
+        changed |= sum(restore() for restore in undo) > 0  # each of them
     if changed:
         raise fx.proxy.TraceError("it keeps what it computes")
 
@@ -168,7 +170,7 @@ def _snapshot(container: Any, own: set[int]) -> Callable[[], bool]:
         changed = id(container) not in own and not _is_same(now, content)
         container.clear()
         container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
-        changed |= any([undo() for undo in inner])
+        changed |= sum(undo() for undo in inner) > 0
         for tensor, version, value in tensors:
             if tensor._version != version:
                 tensor.detach().copy_(value)

@@ -1,4 +1,4 @@
-"""What every conversion is held to: evaluation bit for bit, the paper's step, BatchNorm at its limit, and back.
+"""What a conversion is held to: evaluation bit for bit, the paper's step, BatchNorm at its limit, and back.
 
 At ``r_max=1, d_max=0`` Batch Renorm is BatchNorm, so torch's own training of the original is the oracle of a
 whole model's: outputs, gradients, statistics and what it draws at random. With the limits open the statistics
@@ -78,7 +78,8 @@ def _steps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], step
     """Outputs and gradients of some training steps, each on another batch, always drawn alike."""
     seen = []
     for step in range(steps):
-        moved = tree_map_only(Tensor, lambda t: t * (1 + step / 4) if t.is_floating_point() else t, args)
+        factor = 1 + step / 4
+        moved = tree_map_only(Tensor, lambda t, f=factor: t * f if t.is_floating_point() else t, args)
         torch.manual_seed(step)
         outputs = [t for t in tensors(model(*moved, **kwargs)) if t.is_floating_point()]
         # Not the mean square: after a norm that is a constant.
@@ -168,7 +169,9 @@ def assert_reverts_to(model: nn.Module, converted: nn.Module, inplace: bool = Fa
     return back
 
 
-def assert_converts(model: nn.Module, *args: Any, call: dict[str, Any] | None = None, **options: Any) -> Conversion:
+def assert_converts(
+    model: nn.Module, *args: Any, call: dict[str, Any] | None = None, **options: Any
+) -> Conversion:
     """The whole of it for a model, of which the conversion is returned."""
     call = call or {}
     flags = [module.training for module in model.modules()]

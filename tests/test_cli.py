@@ -78,7 +78,13 @@ def test_the_converted_file_explains_itself(converted):
     assert metadata["version"] == __version__
     assert metadata["model"] == "torchvision:mobilenet_v2"
     assert metadata["input_shape"] == [[1, 3, 64, 64]]
-    assert metadata["settings"] == {"r_max": 3.0, "d_max": 5.0, "momentum": 0.01, "stat": "sigma", "include_frozen": False}
+    assert metadata["settings"] == {
+        "r_max": 3.0,
+        "d_max": 5.0,
+        "momentum": 0.01,
+        "stat": "sigma",
+        "include_frozen": False,
+    }
     assert len(metadata["report"]["converted"]) == 52
     assert metadata["proof"]["identical"] is True
     text = invoke("inspect", converted[0]).stdout
@@ -114,7 +120,13 @@ def test_the_same_checkpoint_by_either_name(tmp_path):
     invoke("convert", WEIGHTS, *by_name, "-o", tmp_path / "b.pth", "--momentum", "keep", "--stat", "var")
     first, second = load_checkpoint(tmp_path / "a.pt"), load_checkpoint(tmp_path / "b.pth")
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert second.metadata["settings"] == {"r_max": 3.0, "d_max": 5.0, "momentum": "keep", "stat": "var", "include_frozen": False}
+    assert second.metadata["settings"] == {
+        "r_max": 3.0,
+        "d_max": 5.0,
+        "momentum": "keep",
+        "stat": "var",
+        "include_frozen": False,
+    }
 
 
 def test_people_read_counts_a_verdict_and_a_path(tmp_path):

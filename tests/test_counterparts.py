@@ -324,7 +324,9 @@ def test_activation_and_drop_of_timm_may_be_exchanged_and_switched() -> None:
     assert converted(x).min() > 0
 
 
-@pytest.mark.parametrize(("form", "reason"), [(OwnArithmetic, "does not call batch_norm"), (Looks, "cannot be traced")])
+@pytest.mark.parametrize(
+    ("form", "reason"), [(OwnArithmetic, "does not call batch_norm"), (Looks, "cannot be traced")]
+)
 def test_class_that_cannot_be_taken_over_is_refused_by_name(form: type[nn.Module], reason: str) -> None:
     model = nn.Sequential(nn.BatchNorm2d(C), form(C))
     conversion = convert(model)
@@ -546,9 +548,7 @@ def test_thawed_norm_follows_its_batches(name: str, dtype: torch.dtype) -> None:
     twin = BatchRenorm2d(C, eps=getattr(model[1], "eps", 1e-5), dtype=dtype)
     twin.load_state_dict(layer.state_dict(), strict=False)
     twin.num_batches_tracked = None
-    reference = nn.Sequential(
-        model[0], twin, *([nn.ReLU()] if name == "timm" else []), model[2]
-    ).train()
+    reference = nn.Sequential(model[0], twin, *([nn.ReLU()] if name == "timm" else []), model[2]).train()
     output, expected = converted.train()(x), reference(x)
     torch.testing.assert_close(output, expected)
     output.sin().sum().backward()
@@ -607,7 +607,11 @@ def test_copies_and_files_hold_the_whole_layer(form: str) -> None:
     torch.save(converted, file)
     file.seek(0)
     x = image()
-    before = [copy.deepcopy(converted), torch.load(file, weights_only=False), pickle.loads(pickle.dumps(converted))]
+    before = [
+        copy.deepcopy(converted),
+        torch.load(file, weights_only=False),
+        pickle.loads(pickle.dumps(converted)),
+    ]
     expected = converted.eval()(x), converted.train()(x)
     for twin in before:
         assert type(twin[0]) is type(converted[0])
@@ -627,7 +631,9 @@ def test_moves_and_casts(form: str) -> None:
         converted.to(dtype)
         assert converted.train()(image().to(dtype)).dtype == dtype
         assert converted.eval()(image().to(dtype)).dtype == dtype
-        assert layer.running_mean.dtype == (torch.float64 if dtype == torch.float64 else layer.running_mean.dtype)
+        assert layer.running_mean.dtype == (
+            torch.float64 if dtype == torch.float64 else layer.running_mean.dtype
+        )
         assert layer.running_mean.dtype.itemsize >= 4
         assert layer._r_max.dtype == torch.float32
         assert layer.r_max == 2.0
@@ -694,7 +700,6 @@ def test_converters_of_others_leave_it_whole(form: str) -> None:
     layer = converted[0]
     assert nn.SyncBatchNorm.convert_sync_batchnorm(converted)[0] is layer
     assert timm.layers.convert_sync_batchnorm(converted)[0] is layer
-
 
 
 @pytest.mark.parametrize("form", DERIVED)

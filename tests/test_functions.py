@@ -48,7 +48,9 @@ class State(nn.Module):
 
 class Plain(State):
     def forward(self, x: Tensor) -> Tensor:
-        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.2, 1e-3)
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.2, 1e-3
+        )
         return F.leaky_relu(x, self.slope)
 
 
@@ -125,7 +127,9 @@ class Lambda(State):
 
 class Comprehension(State):
     def forward(self, x: Tensor) -> Tensor:
-        parts = [F.batch_norm(t, self.running_mean, self.running_var, training=self.training) for t in (x, 2 * x)]
+        parts = [
+            F.batch_norm(t, self.running_mean, self.running_var, training=self.training) for t in (x, 2 * x)
+        ]
         return torch.cat(parts, 1)
 
 
@@ -174,7 +178,9 @@ class Twice(State):
         self.register_buffer("var", torch.rand(C) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(F.batch_norm(x, self.running_mean, self.running_var, self.weight, training=self.training))
+        x = self.conv(
+            F.batch_norm(x, self.running_mean, self.running_var, self.weight, training=self.training)
+        )
         return F.batch_norm(x, self.mean, self.var, None, self.bias, self.training, momentum=0.3)
 
 
@@ -254,18 +260,29 @@ def test_call_converts_and_comes_back(form: str) -> None:
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in TWO])
 @pytest.mark.parametrize(("momentum", "alpha"), [(0.01, 0.01), (0.3, 0.3)])
 @pytest.mark.parametrize("stat", ["sigma", "var"])
-def test_statistics_of_a_call_take_the_papers_step(form: str, momentum: float, alpha: float, stat: str) -> None:
+def test_statistics_of_a_call_take_the_papers_step(
+    form: str, momentum: float, alpha: float, stat: str
+) -> None:
     model = lived_in(FORMS[form]())
     if form == "Standardised":
         model.kernel.data = torch.eye(C).view(C, C, 1, 1)
-    eps = 1e-3 if form in ("Plain", "OfTorch", "Aten", "AtenPacket", "AtenNative", "Native", "Inherited", "SuperForward") else 1e-5
+    eps = (
+        1e-3
+        if form
+        in ("Plain", "OfTorch", "Aten", "AtenPacket", "AtenNative", "Native", "Inherited", "SuperForward")
+        else 1e-5
+    )
     mean, var = model.running_mean.double().numpy(), model.running_var.double().numpy()
     oracle = Oracle(mean, np.sqrt(var + eps), alpha, eps, r_max=1.5, d_max=0.2, stat=stat)
     converted = renormify(model, momentum=momentum, stat=stat)
     converted.r_max, converted.d_max = 1.5, 0.2
     for _ in range(3):
         x = image()
-        inside = F.conv2d(x, F.batch_norm(model.kernel.view(1, C, -1), None, None, training=True).view(C, C, 1, 1)) if form == "Standardised" else x
+        inside = (
+            F.conv2d(x, F.batch_norm(model.kernel.view(1, C, -1), None, None, training=True).view(C, C, 1, 1))
+            if form == "Standardised"
+            else x
+        )
         converted(x)
         oracle.train(inside.detach().double().numpy(), np.zeros(x.shape))
     np.testing.assert_allclose(converted.running_mean, oracle.mu, rtol=1e-5, atol=1e-6)
@@ -339,7 +356,13 @@ def test_a_frozen_part_stays_frozen() -> None:
 
 class Optional(State):
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0, *, shift: Any = None, twice: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        scale: float = 1.0,
+        *,
+        shift: Any = None,
+        twice: bool = False,
     ) -> Tensor:
         x = normalised(x, self) * scale
         if mask is not None:
@@ -547,7 +570,9 @@ class OwnInstanceNorm(State):
 
 
 def test_instance_norm_is_left() -> None:
-    model = nn.Sequential(nn.InstanceNorm2d(C, track_running_stats=True), OwnInstanceNorm(), nn.BatchNorm2d(C))
+    model = nn.Sequential(
+        nn.InstanceNorm2d(C, track_running_stats=True), OwnInstanceNorm(), nn.BatchNorm2d(C)
+    )
     report = convert(model).report
     assert report.converted == ("2",)
     assert report.skipped == ("1",)
@@ -561,7 +586,7 @@ class NoStatistics(State):
 
 def test_no_running_statistics_no_site() -> None:
     model = nn.Sequential(NoStatistics())
-    with pytest.raises(NothingToConvertError, match="found no BatchNorm to convert in Sequential$"):
+    with pytest.raises(NothingToConvertError, match=r"found no BatchNorm to convert in Sequential$"):
         convert(model)
     assert convert(nn.Sequential(nn.BatchNorm2d(C), NoStatistics())).report.skipped == ()
 
@@ -647,7 +672,11 @@ def test_copies_and_files_hold_the_whole_model(form: str) -> None:
     torch.save(converted, file)
     file.seek(0)
     x = image()
-    twins = [copy.deepcopy(converted), torch.load(file, weights_only=False), pickle.loads(pickle.dumps(converted))]
+    twins = [
+        copy.deepcopy(converted),
+        torch.load(file, weights_only=False),
+        pickle.loads(pickle.dumps(converted)),
+    ]
     torch.manual_seed(1)
     expected = converted.eval()(x), converted.train()(x)
     for twin in twins:
@@ -763,7 +792,9 @@ def test_call_in_a_graph_of_a_training_model() -> None:
     # the call was recorded as training; the model's own mode decides now
     assert_batch_norm_at_the_limit(model, x)
     plain = lived_in(Network())
-    plain.load_state_dict(converted.state_dict(), strict=False)  # a graph drops the bias that the call leaves out
+    plain.load_state_dict(
+        converted.state_dict(), strict=False
+    )  # a graph drops the bias that the call leaves out
     assert torch.equal(converted.eval()(x), plain.eval()(x))
 
 
