@@ -10,13 +10,14 @@ from torch import fx, nn
 
 from renormify.calls import NormCall, norm_calls
 from renormify.forwards import TrainingForward, calls_in_forward
+from renormify.functional import batch_renorm
 from renormify.graphs import FunctionRewrite, call_layer, layer_of, restore_calls
 from renormify.layers import is_batch_renorm
 from renormify.rules import convert_layer
 from renormify.settings import Settings
 from renormify.sites import Site
 
-__all__ = ["convert_forward", "convert_graph", "restore_forward"]
+__all__ = ["calls_renorm", "convert_forward", "convert_graph", "restore_forward"]
 
 
 def convert_forward(module: nn.Module, sites: Iterable[Site], settings: Settings) -> None:
@@ -71,12 +72,19 @@ def _make_layer(holder: Any, kind: type[nn.Module], call: NormCall, settings: Se
     convert_layer(holder, settings)
 
 
+def calls_renorm(module: nn.Module) -> bool:
+    """Whether the module's own forward, or its graph, holds functional calls that were converted."""
+    if isinstance(module, fx.GraphModule):
+        return any(node.target is batch_renorm for node in module.graph.nodes)
+    forward = vars(module).get("forward")
+    return isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward)
+
+
 def restore_forward(module: nn.Module) -> bool:
     """Undoes :func:`convert_forward` and the functions of :func:`convert_graph`; whether there was any."""
     if isinstance(module, fx.GraphModule):
         return restore_calls(module)
-    forward = vars(module).get("forward")
-    if not (isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward)):
+    if not calls_renorm(module):
         return False
     for name in ("forward", "r_max", "d_max"):
         del vars(module)[name]

@@ -27,8 +27,8 @@ from norms import (
 from oracle import Oracle
 from torch import Tensor, fx, nn
 
-from renormify import convert, renormify, revert
-from renormify.errors import NothingToConvertError
+from renormify import convert, convert_sync, renormify, revert
+from renormify.errors import NothingToConvertError, RenormifyWarning, UnsupportedModelError
 from renormify.functional import batch_renorm
 from renormify.layers import is_batch_renorm
 from renormify.rewriting import rewrite
@@ -685,6 +685,58 @@ def test_copies_and_files_hold_the_whole_model(form: str) -> None:
         assert_same_output((twin.eval()(x), twin.train()(x)), expected)
         assert_same_state(twin, converted)
         assert "forward" not in vars(revert(twin)[0])
+
+
+@pytest.mark.parametrize("trace", [fx.symbolic_trace, lambda model: model], ids=["graph", "module"])
+def test_calls_that_are_not_synchronised_are_named(trace: Callable[..., nn.Module]) -> None:
+    converted = renormify(trace(nn.Sequential(nn.BatchNorm2d(C), Plain())))
+    with pytest.warns(RenormifyWarning, match="functional calls stay with the batch of their own process"):
+        convert_sync(converted)
+    with pytest.raises(NothingToConvertError, match="found no Batch Renorm layer"):
+        convert_sync(renormify(nn.Sequential(Plain())))
+
+
+def test_argument_that_leads_where_no_trace_can_follow() -> None:
+    class Sometimes(State):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            if mask is not None and mask.any():
+                x = x * mask
+            return normalised(x, self)
+
+    converted = renormify(Sometimes())
+    converted(image())
+    with pytest.raises(
+        UnsupportedModelError, match=r"forward of Sometimes .* arguments x, mask .*call a layer"
+    ):
+        converted(image(), torch.ones(4, 1, 8, 8))
+
+
+def test_attributes_of_its_parts_count() -> None:
+    class Borrows(State):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.extra, self.sizes = nn.Dropout(0.5), None, (1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.dropout(normalised(x, self), self.drop.p, self.drop.training)
+            x = x * self.sizes[1]
+            return x if self.extra is None else self.extra(x)
+
+    model = lived_in(Borrows()).double()
+    converted = renormify(model, r_max=1.0, d_max=0.0, momentum="keep", stat="var")
+    x = image().double()
+    for change in (
+        lambda m: m.drop.eval(),
+        lambda m: setattr(m, "sizes", (1, 3)),
+        lambda m: setattr(m, "extra", nn.Tanh()),
+        lambda m: m.drop.train(),
+        lambda m: setattr(m.drop, "p", 0.9),
+    ):
+        change(model), change(converted)
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(converted(x), expected)
 
 
 def test_copy_moves_its_own_statistics() -> None:
