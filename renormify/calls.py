@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,40 +52,35 @@ _DEFAULTS = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "
 
 @dataclass(frozen=True)
 class NormCall:
-    """One call of batch_norm in a graph.
-
-    Attributes:
-        node: the call.
-        arguments: by their names in :func:`torch.nn.functional.batch_norm`; each a node, or a constant.
-        single: whether the call gives its output alone, rather than the first of several.
-    """
+    """One call of batch_norm in a graph."""
 
     node: fx.Node
-    arguments: dict[str, Any]
-    single: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """By their names in :func:`torch.nn.functional.batch_norm`; each a node, or a constant.
+
+        Read anew each time: rewriting one call exchanges the input of the next.
+        """
+        target = _overload(self.node.target)
+        names = _ARGUMENTS[target]
+        given = zip(names, self.node.args, strict=False)  # a further argument chooses a kernel
+        arguments = {**_DEFAULTS, **dict(given), **self.node.kwargs}
+        if "training" not in names:
+            arguments["training"] = target not in _EVALUATING
+        for name in ("running_mean", "running_var"):
+            arguments[name] = _origin(arguments.get(name))
+        return arguments
+
+    @property
+    def single(self) -> bool:
+        """Whether the call gives its output alone, rather than the first of several."""
+        return _overload(self.node.target) in _SINGLE
 
     @property
     def trains(self) -> bool:
         """Whether the call, as it was recorded, normalises by the batch."""
         return self.arguments["training"] is not False
-
-
-def norm_call(node: fx.Node) -> NormCall | None:
-    """The node as a call, if it is one that uses running statistics.
-
-    Without them it is weight standardisation or instance norm.
-    """
-    if node.op != "call_function" or node.target not in _ARGUMENTS:
-        return None
-    names = _ARGUMENTS[node.target]
-    given = zip(names, node.args, strict=False)  # a further argument chooses a kernel
-    arguments = {**_DEFAULTS, **dict(given), **node.kwargs}
-    if "training" not in names:
-        arguments["training"] = node.target not in _EVALUATING
-    for name in ("running_mean", "running_var"):
-        arguments[name] = _origin(arguments.get(name))
-    known = arguments["running_mean"] is not None
-    return NormCall(node, arguments, node.target in _SINGLE) if known else None
 
 
 def index_of(node: fx.Node) -> Any:
@@ -96,26 +92,36 @@ def _origin(statistics: Any) -> Any:
     """Where the statistics came from that an operator without side effects has moved."""
     while isinstance(statistics, fx.Node) and index_of(statistics) in (3, 4):
         mover: Any = statistics.args[0]
-        if mover.target not in _ARGUMENTS:
+        if _overload(mover.target) not in _ARGUMENTS:
             break
-        names = _ARGUMENTS[mover.target]
+        names = _ARGUMENTS[_overload(mover.target)]
         statistics = mover.args[names.index("running_mean" if index_of(statistics) == 3 else "running_var")]
     return statistics
 
 
 def norm_calls(graph: fx.Graph) -> Iterator[NormCall]:
-    """The calls of a graph, which may be replaced one by one."""
+    """The calls that use running statistics; without them it is weight standardisation or instance norm.
+
+    They may be replaced one by one.
+    """
     for node in list(graph.nodes):
-        call = norm_call(node)
-        if call is not None:
-            yield call
+        if node.op == "call_function" and _overload(node.target) in _ARGUMENTS:
+            call = NormCall(node)
+            if call.arguments["running_mean"] is not None:
+                yield call
+
+
+def _overload(target: Any) -> Any:
+    """The operator that a packet of overloads stands for; each of these has but the one."""
+    return getattr(target, "default", None) if isinstance(target, torch._ops.OpOverloadPacket) else target
 
 
 def unknown_calls(graph: fx.Graph) -> Iterator[fx.Node]:
     """The calls of operators that are batch_norm by their name, and of no kind that is known here."""
     for node in graph.nodes:
-        known = node.op != "call_function" or node.target in _ARGUMENTS
-        if not known and "batch_norm" in operator_name(node):
+        name = operator_name(node).lower()
+        known = _overload(node.target) in _ARGUMENTS or "backward" in name
+        if node.op == "call_function" and "batch_norm" in name and not known:
             yield node
 
 
@@ -137,9 +143,14 @@ def calls_batch_norm(module: nn.Module) -> bool:
 
 
 def calls_super_forward(module: nn.Module) -> bool:
-    """Whether the module's own forward leaves the normalising to the class it derives from."""
-    names = {name for code in _codes(type(module).forward) for name in code.co_names}
-    return {"super", "forward"} <= names
+    """Whether every forward before that of torch.nn leaves the normalising to the class it derives from."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.nn."):
+            return True
+        names = {name for code in _codes(vars(cls).get("forward")) for name in code.co_names}
+        if "forward" in vars(cls) and not {"super", "forward"} <= names:
+            return False
+    return True
 
 
 def _is_hashable(thing: object) -> bool:
@@ -169,9 +180,12 @@ def _named_functions(module: nn.Module) -> Iterator[Any]:
             continue
         seen.add(id(function))
         yield function
-        if isinstance(function, FunctionType) and not function.__module__.startswith("torch."):
+        if isinstance(function, FunctionType) and not str(function.__module__).startswith("torch."):
+            stack += (function.__defaults__ or ()) + tuple((function.__kwdefaults__ or {}).values())
             for code in _codes(function):
                 stack += _names(code, function, module)
+                if "super" in code.co_names:
+                    stack += _inherited(code.co_names, module)
 
 
 def _names(code: CodeType, function: FunctionType, module: nn.Module) -> Iterator[Any]:
@@ -196,6 +210,12 @@ def _names(code: CodeType, function: FunctionType, module: nn.Module) -> Iterato
             yield value
 
 
+def _inherited(names: tuple[str, ...], module: nn.Module) -> Iterator[Any]:
+    """What ``super()`` may find under some names: all that the module's class and its ancestors have."""
+    for cls in type(module).__mro__:
+        yield from (vars(cls)[name] for name in names if name in vars(cls))
+
+
 def _is_filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
@@ -210,4 +230,6 @@ def _attribute(value: Any, name: str) -> Any:
         return None if isinstance(found, property) else found
     if isinstance(value, (ModuleType, torch._ops.OpOverloadPacket)):
         return getattr(value, name, None)
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return inspect.getattr_static(value, name, None)
     return None

@@ -12,6 +12,8 @@ BatchNormAct2d, but no longer a BatchNorm2d, which ``convert_sync_batchnorm`` wo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from renormify.forwards import TrainingForward
+from renormify.functional import is_proxy
 from renormify.kernels import per_channel
 from renormify.layers import (
     AnyBatchRenorm,
@@ -26,7 +29,6 @@ from renormify.layers import (
     BatchRenorm2d,
     BatchRenorm3d,
     Renormalised,
-    is_proxy,
     kept_whole,
 )
 from renormify.sync import SyncBatchRenorm, Synchronised
@@ -94,6 +96,21 @@ class _Derived(nn.Module):
 
     original: type[nn.Module]
     base: type[Renormalised]
+    running_mean: Tensor
+    running_var: Tensor
+
+    @contextmanager
+    def _statistics_as_the_weight(self) -> Iterator[None]:
+        """For code of the class's own, whose kernels want alike what ``.half()`` leaves in float32."""
+        kept, weight = (self.running_mean, self.running_var), getattr(self, "weight", None)
+        if weight is None or weight.dtype.itemsize >= kept[0].dtype.itemsize:
+            yield
+            return
+        self.running_mean, self.running_var = (statistics.to(weight.dtype) for statistics in kept)
+        try:
+            yield
+        finally:
+            self.running_mean, self.running_var = kept
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = tuple(super().__reduce_ex__(protocol))
@@ -134,7 +151,10 @@ class WithOwnForward(_Derived):
             return kept_whole(self, *args, **kwargs)
         if self.rewritten is None:  # it leaves the normalising to super(), which is Batch Renorm
             return super().forward(*args, **kwargs)
-        return self.rewritten(self, *args, **kwargs)
+        if self.training:
+            return self.rewritten(self, *args, **kwargs)
+        with self._statistics_as_the_weight():
+            return super().forward(*args, **kwargs)
 
 
 class Thawed(_Derived, Renormalised):
@@ -148,32 +168,36 @@ class Thawed(_Derived, Renormalised):
         """As the class has it; in training, of the renormalised input."""
         if is_proxy(input):
             return kept_whole(self, input)
-        if self.training:
-            z = self.renormalise(input, None, None)
-            mean, std = self.running_mean, (self.running_var + self.eps).sqrt()
-            input = torch.addcmul(per_channel(mean, input), z, per_channel(std, input)).to(input.dtype)
-        output: Tensor = super().forward(input)
+        z = self.renormalise(input, None, None) if self.training else None
+        with self._statistics_as_the_weight():
+            if z is not None:
+                mean, std = self.running_mean, (self.running_var + self.eps).sqrt()
+                input = torch.addcmul(per_channel(mean, input), z, per_channel(std, input)).to(input.dtype)
+            output: Tensor = super().forward(input)
         return output
 
     def thaw(self, momentum: float | None) -> None:
         """Makes parameters of weight and bias, and lends what a frozen layer lacks."""
+        order = tuple(self._buffers)
         for name in ("weight", "bias"):
             constant = self._buffers.pop(name, None)
             if constant is not None:
                 self.register_parameter(name, nn.Parameter(constant))
         lent = {"momentum": momentum} | ({} if hasattr(self, "eps") else {"eps": 1e-5})
-        vars(self).update(lent, lent=tuple(lent))
+        vars(self).update(lent, lent=tuple(lent), order=order)
 
     def freeze(self) -> None:
         """Undoes :meth:`thaw`."""
-        for name in (*vars(self)["lent"], "lent"):
+        order = vars(self)["order"]
+        for name in (*vars(self)["lent"], "lent", "order"):
             del vars(self)[name]
         for name in ("weight", "bias"):
             weight = self._parameters.pop(name, None)
             if weight is not None:
                 self.register_buffer(name, weight.detach())
-        for name in ("running_mean", "running_var"):  # behind the other two, as they were
-            self._buffers[name] = self._buffers.pop(name)
+        for name in order:
+            if name in self._buffers:
+                self._buffers[name] = self._buffers.pop(name)
 
 
 class _SynchronisedThawed(Synchronised, Thawed):

@@ -25,6 +25,7 @@ Rewrite = Callable[[fx.Graph, NormCall], None]
 
 _PLAIN = (type(None), bool, int, float, str)
 _Constants = tuple[tuple[str, Any], ...]
+_Key = tuple[tuple[str, type, Any], ...]
 
 
 class TrainingForward:
@@ -33,17 +34,21 @@ class TrainingForward:
     Args:
         forward: the original, as a function of the module and its arguments.
         rewrite: what to make of each call; it can be pickled.
+        left: the numbers of the calls that stay what they are.
 
     Raises:
         UnsupportedModelError: for a forward that takes any number of arguments.
     """
 
-    def __init__(self, forward: Callable[..., Any], rewrite: Rewrite) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], rewrite: Rewrite, left: frozenset[int] = frozenset()
+    ) -> None:
         self.forward = forward
         self.rewrite = rewrite
+        self.left = left
         self._required, self._defaults = _parameters(forward)
-        # By the arguments held fixed: the function, and the attributes that it holds fixed.
-        self._traced: dict[_Constants, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+        # By the arguments held fixed, with their types: the function, and the attributes that it holds fixed.
+        self._traced: dict[_Key, tuple[Callable[..., Any], list[Any]]] = {}
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The output of the forward in training; in evaluation, of the original."""
@@ -65,26 +70,69 @@ class TrainingForward:
     def _function(
         self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants
     ) -> Callable[..., Any]:
-        if torch.compiler.is_compiling():  # a compiler watches the attributes itself, and cannot trace
-            return self._traced[constants][0]
-        attributes = tuple(value for value in vars(module).values() if type(value) in _PLAIN)
-        function, traced_with = self._traced.get(constants, (None, None))
-        if function is None or traced_with != attributes:
+        if torch.compiler.is_compiling():
+            _attributes(module)  # for the compiler to watch
+            _bring_up_to_date(self, module, inputs, constants)
+        else:
+            self.bring_up_to_date(module, inputs, constants)
+        return self._traced[_key(constants)][0]
+
+    def bring_up_to_date(self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants) -> None:
+        """Traces the forward, unless that was done and nothing has changed since."""
+        attributes = _attributes(module)
+        _, traced_with = self._traced.get(_key(constants), (None, None))
+        if traced_with == attributes:
+            return
+        code = self._graph(module, inputs, constants).python_code("self")
+        namespace = dict(code.globals)
+        exec(code.src, namespace)
+        self._traced[_key(constants)] = namespace["forward"], attributes
+
+    def _graph(self, module: nn.Module, inputs: tuple[str, ...], constants: _Constants) -> fx.Graph:
+        try:
             graph = trace_forward(module, self.forward, inputs, dict(constants))
-            for call in norm_calls(graph):
+        except Exception as error:  # a forward may raise anything when it meets a proxy
+            raise UnsupportedModelError(
+                f"the forward of {type(module).__name__} calls batch_norm and cannot be traced with the "
+                f"arguments {', '.join(inputs)} ({one_line(error)}); make it call a layer"
+            ) from error
+        for number, call in enumerate(norm_calls(graph)):
+            if number not in self.left:
                 self.rewrite(graph, call)
-            code = graph.python_code("self")
-            namespace = dict(code.globals)
-            exec(code.src, namespace)
-            function = namespace["forward"]
-            self._traced[constants] = function, attributes
-        return function
+        return graph
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingForward:
         return self  # it holds nothing of the module that it is called with
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_traced": {}}  # what exec made cannot be pickled; it is traced again
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _bring_up_to_date(
+    forward: TrainingForward, module: nn.Module, inputs: tuple[str, ...], constants: _Constants
+) -> bool:
+    """While a compiler looks on, which cannot follow another tracer."""
+    forward.bring_up_to_date(module, inputs, constants)
+    return True
+
+
+def _key(constants: _Constants) -> _Key:
+    return tuple((name, type(value), value) for name, value in constants)
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    """What a graph of the module's forward may hold fixed: plain values, and what is absent."""
+    found: list[Any] = []
+    for part in module.modules():
+        found += [(name, value) for name, value in vars(part).items() if _is_plain(value)]
+        for registered in (part._parameters, part._buffers, part._modules):
+            found += [name for name, value in registered.items() if value is None]
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
 
 
 def _parameters(forward: Callable[..., Any]) -> tuple[tuple[str, ...], _Constants]:

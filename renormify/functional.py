@@ -17,7 +17,7 @@ is written in public operations.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,11 @@ __all__ = ["STATS", "batch_renorm"]
 
 STATS = ("sigma", "var")
 """What is averaged over the batches: the paper's sigma, or the unbiased variance of torch's BatchNorm."""
+
+
+def is_proxy(*inputs: object) -> bool:
+    """Whether an FX tracer is asking."""
+    return any(isinstance(input, torch.fx.Proxy) for input in inputs)
 
 
 def batch_renorm(
@@ -99,6 +104,8 @@ def batch_renorm(
             ``stat``, or limits or eps out of range.
         RuntimeError: for statistics, weight or bias whose size is not the number of channels.
     """
+    if is_proxy(input):
+        return _recorded(input, dict(locals()))
     _check(input, running_mean, running_var, weight, bias, r_max, d_max, stat, eps)
     group = _group_to_join(process_group) if training and process_group is not None else None
     if not training or (input.numel() == 0 and group is None):
@@ -125,6 +132,11 @@ def batch_renorm(
 
 
 _NOTHING = nullcontext()
+
+
+def _recorded(input: Any, arguments: dict[str, Any]) -> Tensor:
+    """One node for the function, with all its arguments."""
+    return input.tracer.create_proxy("call_function", batch_renorm, (), arguments)  # type: ignore[no-any-return]
 
 
 class _Statistics(NamedTuple):

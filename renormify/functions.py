@@ -6,35 +6,30 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from renormify.calls import NormCall, norm_calls
-from renormify.forwards import TrainingForward
-from renormify.functional import batch_renorm
+from renormify.forwards import TrainingForward, calls_in_forward
+from renormify.functional import batch_renorm, is_proxy
 from renormify.graphs import FunctionRewrite, call_module, layer_of
-from renormify.layers import is_batch_renorm
+from renormify.layers import Limited, is_batch_renorm, kept_whole
 from renormify.rules import convert_layer
 from renormify.settings import Settings
 from renormify.sites import Site
 
-__all__ = ["BatchRenormCall", "convert_forward", "convert_graph", "restore_forward"]
+__all__ = ["BatchRenormCall", "calls_renorm", "convert_forward", "convert_graph", "restore_forward"]
 
 
-def _limits(settings: Settings) -> dict[str, Any]:
-    """The attributes of a module that bears limits without being a layer."""
-    return {
-        "r_max": float(settings.r_max),
-        "d_max": float(settings.d_max),
-        "calls_batch_renorm": True,
-    }
-
-
-def convert_forward(module: nn.Module, settings: Settings) -> None:
-    """Rewrites the calls in a module's own forward. It keeps its class, and gets ``r_max`` and ``d_max``."""
-    vars(module).update(_limits(settings))
+def convert_forward(module: nn.Module, sites: Iterable[Site], settings: Settings) -> None:
+    """Rewrites calls in a module's own forward. It keeps its class, and gets ``r_max`` and ``d_max``."""
+    limits = {"r_max": float(settings.r_max), "d_max": float(settings.d_max), "calls_batch_renorm": True}
+    vars(module).update(limits)
     rewrite = FunctionRewrite(settings.momentum, settings.stat, settings.include_frozen)
-    forward = TrainingForward(type(module).forward, rewrite)
+    chosen = {site.number for site in sites}
+    numbers = range(len(calls_in_forward(module, type(module).forward)[0]))
+    forward = TrainingForward(type(module).forward, rewrite, frozenset(numbers) - chosen)
     forward.prepare(module)
     vars(module)["forward"] = functools.partial(forward, module)
 
@@ -56,15 +51,12 @@ class BatchNormCall(nn.Module):
         return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 
-class BatchRenormCall(nn.Module):
+class BatchRenormCall(Limited):
     """The same, of Batch Renorm, with the limits."""
 
-    r_max: float
-    d_max: float
-
-    def __init__(self, call: NormCall, settings: Settings) -> None:
+    def __init__(self, call: NormCall, settings: Settings, device: torch.device | None) -> None:
         super().__init__()
-        vars(self).update(_limits(settings))
+        self.init_limits(settings.r_max, settings.d_max, device)
         self.stat = settings.stat
         self.eps, self.recorded_momentum = call.arguments["eps"], call.arguments["momentum"]
         self.momentum = self.recorded_momentum if settings.momentum == "keep" else settings.momentum
@@ -73,9 +65,12 @@ class BatchRenormCall(nn.Module):
         self, input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """As :func:`renormify.functional.batch_renorm`."""
-        limits: Any = {"r_max": self.r_max, "d_max": self.d_max, "stat": self.stat}
+        if is_proxy(input):
+            return kept_whole(self, input, mean, var, weight, bias)
         state = (mean, var, weight, bias)
-        return batch_renorm(input, *state, self.training, self.momentum, self.eps, **limits)
+        return batch_renorm(
+            input, *state, self.training, self.momentum, self.eps, **self.limits(), stat=self.stat
+        )
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -83,11 +78,56 @@ class BatchRenormCall(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
+class CallHolder(nn.Module):
+    """What a graph keeps of a module whose calls were rewritten; their limits are its own."""
+
+    def _calls(self) -> list[BatchRenormCall]:
+        return [child for child in self.children() if isinstance(child, BatchRenormCall)]
+
+    @property
+    def r_max(self) -> float:
+        """That of the calls."""
+        return CallHolder._calls(self)[0].r_max
+
+    @r_max.setter
+    def r_max(self, value: float) -> None:
+        for call in CallHolder._calls(self):
+            call.r_max = value
+
+    @property
+    def d_max(self) -> float:
+        """That of the calls."""
+        return CallHolder._calls(self)[0].d_max
+
+    @d_max.setter
+    def d_max(self, value: float) -> None:
+        for call in CallHolder._calls(self):
+            call.d_max = value
+
+
+def _share_limits(owner: nn.Module) -> None:
+    if type(owner) is nn.Module:
+        owner.__class__ = CallHolder
+    elif isinstance(owner, fx.GraphModule):  # each has a class of its own
+        kind: Any = type(owner)
+        kind.r_max, kind.d_max = CallHolder.r_max, CallHolder.d_max
+
+
+def _keep_limits(owner: nn.Module) -> None:
+    """Undoes :func:`_share_limits`."""
+    if isinstance(owner, CallHolder):
+        owner.__class__ = nn.Module  # type: ignore[assignment]
+    elif "r_max" in vars(type(owner)):
+        kind: Any = type(owner)
+        del kind.r_max, kind.d_max
+
+
 def convert_graph(module: fx.GraphModule, sites: Iterable[Site], path: str, settings: Settings) -> None:
     """Rewrites calls in the graph of a GraphModule, or of the copy of one, that lies under ``path``.
 
     Where the state of a call lies as that of a BatchNorm layer does, a layer takes its place; else a
-    :class:`BatchRenormCall` does, below the module in whose forward the call was recorded.
+    :class:`BatchRenormCall` does, below the module in whose forward the call was recorded. Its limits can be
+    read and set on that module too.
     """
     owners = {call.node.name: site.owner for site in sites for call in site.calls}
     for call in norm_calls(module.graph):
@@ -101,7 +141,9 @@ def convert_graph(module: fx.GraphModule, sites: Iterable[Site], path: str, sett
         owner = owners[call.node.name].removeprefix(path).lstrip(".")
         owner = owner if owner in dict(module.named_modules()) else ""
         place = _free_name(module, f"{owner}.batch_renorm".lstrip("."))
-        module.add_submodule(place, BatchRenormCall(call, settings).train(module.training))
+        device = next((tensor.device for tensor in module.buffers()), None)
+        module.add_submodule(place, BatchRenormCall(call, settings, device).train(module.training))
+        _share_limits(module.get_submodule(owner))
         call_module(module, call, place, ("input", "running_mean", "running_var", "weight", "bias"))
     module.recompile()
 
@@ -127,15 +169,26 @@ def _make_layer(holder: Any, kind: type[nn.Module], call: NormCall, settings: Se
     convert_layer(holder, settings)
 
 
+def calls_renorm(module: nn.Module) -> bool:
+    """Whether the module is a functional call that was converted, or has some in its own forward."""
+    return isinstance(module, BatchRenormCall) or _is_rewritten(module)
+
+
+def _is_rewritten(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward)
+
+
 def restore_forward(module: nn.Module) -> bool:
     """Undoes :func:`convert_forward` and the calls of :func:`convert_graph`; whether there was any."""
-    forward = vars(module).get("forward")
-    if isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward):
-        for name in ("forward", *_limits(Settings())):
+    if _is_rewritten(module):
+        for name in ("forward", "r_max", "d_max", "calls_batch_renorm"):
             del vars(module)[name]
         return True
     calls = {name: call for name, call in module.named_children() if isinstance(call, BatchRenormCall)}
     for name, call in calls.items():
         restored = BatchNormCall(call.recorded_momentum, call.eps)
         module.add_module(name, restored.train(call.training))
+    if calls:
+        _keep_limits(module)
     return bool(calls)

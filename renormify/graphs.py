@@ -25,7 +25,8 @@ def problem_of(call: NormCall) -> str | None:
         statistics = call.arguments[name]
         if not isinstance(statistics, fx.Node) or statistics.op not in ("get_attr", "placeholder"):
             return "its running statistics are computed in the forward, as for instance norm"
-    if not call.single and any(index_of(user) not in _KNOWN_RESULTS for user in call.node.users):
+    used = [] if call.single else [index_of(user) for user in call.node.users if user.users]
+    if any(index not in _KNOWN_RESULTS for index in used):
         return "the statistics of the batch that it returns are used"
     return None
 
@@ -128,18 +129,18 @@ def _replace(call: NormCall, replacement: fx.Node) -> None:
     graph.erase_node(call.node)
 
 
-_COUNTING = ("add_", operator.iadd, _aten.add_.Tensor, _aten.add.Tensor, _aten.copy_.default)
+_COUNTING = ("add_", operator.iadd, operator.add, _aten.add_.Tensor, _aten.add.Tensor, _aten.copy_.default)
 
 
 def _forget_count(graph: fx.Graph, target: str) -> None:
     """Removes what counts the batches: the layer counts those that move its statistics."""
     for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == target]:
-        _erase_count(node)
+        _erase_count(node, target)
 
 
-def _erase_count(node: fx.Node) -> None:
+def _erase_count(node: fx.Node, target: str) -> None:
     for user in reversed(list(node.users)):  # the copy back of a sum comes behind the sum
-        if user.target in _COUNTING:
-            _erase_count(user)
+        if user.target in _COUNTING or (user.target == "__setattr__" and user.args[0] == target):
+            _erase_count(user, target)
     if not node.users:
         node.graph.erase_node(node)

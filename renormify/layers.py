@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from renormify.errors import RenormifyWarning
-from renormify.functional import STATS, batch_renorm, check_limits, evaluate
+from renormify.functional import STATS, batch_renorm, check_limits, evaluate, is_proxy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,17 +21,12 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "Limited",
     "Renormalised",
     "bears_limits",
     "is_batch_renorm",
-    "is_proxy",
     "kept_whole",
 ]
-
-
-def is_proxy(*inputs: object) -> bool:
-    """Whether an FX tracer is asking."""
-    return any(isinstance(input, torch.fx.Proxy) for input in inputs)
 
 
 def kept_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -41,48 +36,27 @@ def kept_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return tracer.create_proxy("call_module", path, args, kwargs)  # type: ignore[no-any-return]
 
 
-class Renormalised(nn.Module):
-    """What Batch Renorm adds to a module that holds running statistics; none of it enters the state dict.
+class Limited(nn.Module):
+    """A module with limits on r and d, which may be set at any time.
 
-    Its limits, the count of rejected batches, and the training step itself. The layers below derive from it,
-    and so do the classes that a BatchNorm class of someone else's is given (see
-    :mod:`renormify.counterparts`).
+    They are floats to whoever reads them, and float32 scalars to a compiled graph, which reads them from
+    memory, so that moving them does not recompile it. They stay out of the state dict.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor | None
-    eps: float
-    momentum: float | None
+    calls_batch_renorm = True
     _r_max: Tensor
     _d_max: Tensor
-    _rejected: Tensor
 
-    def init_renorm(self, r_max: float, d_max: float, stat: str) -> None:
-        """Sets what Batch Renorm has beyond BatchNorm's state; none of it enters the state dict.
+    def init_limits(self, r_max: float, d_max: float, device: torch.device | None = None) -> None:
+        """Sets the limits for the first time.
 
         Raises:
-            ValueError: for an unknown ``stat`` or limits out of range.
+            ValueError: for one out of range.
         """
-        if stat not in STATS:
-            raise ValueError(f"stat must be one of {STATS} (got {stat!r})")
         check_limits(r_max, d_max)
-        self.stat = stat
         self._limits = {"r_max": float(r_max), "d_max": float(d_max)}
-        self._warned: frozenset[str] = frozenset()
-        device = self.running_mean.device
         for name, limit in self._limits.items():
             self.register_buffer(f"_{name}", torch.full((), limit, device=device), persistent=False)
-        rejected = torch.zeros((), dtype=torch.int64, device=device)
-        self.register_buffer("_rejected", rejected, persistent=False)
-
-    def end_renorm(self) -> None:
-        """Takes away what :meth:`init_renorm` added."""
-        for name in ("_r_max", "_d_max", "_rejected"):
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
-        for name in ("stat", "_limits", "_warned"):
-            del self.__dict__[name]
 
     @property
     def r_max(self) -> float:
@@ -108,6 +82,66 @@ class Renormalised(nn.Module):
         self._limits[name] = float(value)
         self._buffers[f"_{name}"].fill_(value)  # type: ignore[union-attr]
 
+    def limits(self) -> dict[str, Any]:
+        """The limits, as a step takes them."""
+        compiling = torch.compiler.is_compiling()
+        return {
+            "r_max": self._r_max if compiling else self.r_max,
+            "d_max": self._d_max if compiling else self.d_max,
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Limited:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._settle_limits(self._r_max.device)
+        return self
+
+    def _settle_limits(self, device: torch.device) -> None:
+        """Puts the limits where they belong, whatever a cast has made of them."""
+        for name, limit in self._limits.items():
+            moved = self._buffers[f"_{name}"]
+            if moved is None or moved.dtype != torch.float32 or moved.device != device:
+                moved = torch.empty((), device=device)
+            self._buffers[f"_{name}"] = moved.fill_(limit)
+
+
+class Renormalised(Limited):
+    """What Batch Renorm adds to a module that holds running statistics; none of it enters the state dict.
+
+    Its limits, the count of rejected batches, and the training step itself. The layers below derive from it,
+    and so do the classes that a BatchNorm class of someone else's is given (see
+    :mod:`renormify.counterparts`).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor | None
+    eps: float
+    momentum: float | None
+    _rejected: Tensor
+
+    def init_renorm(self, r_max: float, d_max: float, stat: str) -> None:
+        """Sets what Batch Renorm has beyond BatchNorm's state; none of it enters the state dict.
+
+        Raises:
+            ValueError: for an unknown ``stat`` or limits out of range.
+        """
+        if stat not in STATS:
+            raise ValueError(f"stat must be one of {STATS} (got {stat!r})")
+        device = self.running_mean.device
+        self.init_limits(r_max, d_max, device)
+        self.stat = stat
+        self._warned: frozenset[str] = frozenset()
+        rejected = torch.zeros((), dtype=torch.int64, device=device)
+        self.register_buffer("_rejected", rejected, persistent=False)
+
+    def end_renorm(self) -> None:
+        """Takes away what :meth:`init_renorm` added."""
+        for name in ("_r_max", "_d_max", "_rejected"):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        for name in ("stat", "_limits", "_warned"):
+            del self.__dict__[name]
+
     @property
     def rejected_batches(self) -> Tensor:
         """How many batches held inf or NaN and so left the statistics alone: an int64 scalar."""
@@ -119,8 +153,6 @@ class Renormalised(nn.Module):
         """A training step: normalises ``input`` by the corrected batch, and moves the running statistics."""
         self._keep_statistics_in_float32()
         self._warn_of_few_values(input)
-        # A compiled graph reads the limits from memory, so that moving them does not recompile it.
-        compiling = torch.compiler.is_compiling()
         return batch_renorm(
             input,
             self.running_mean,
@@ -130,8 +162,7 @@ class Renormalised(nn.Module):
             True,
             self.momentum,
             self.eps,
-            r_max=self._r_max if compiling else self.r_max,
-            d_max=self._d_max if compiling else self.d_max,
+            **self.limits(),
             stat=self.stat,
             mask=mask,
             num_batches_tracked=self._count(),
@@ -184,7 +215,7 @@ class Renormalised(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Renormalised:
         """Moves and casts as any module, but statistics and limits stay in float32."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name in ("running_mean", "running_var"):
             old, new = before[name], self._buffers[name]
             if old is not None and new is not None and new.dtype.itemsize < 4 <= old.dtype.itemsize:
@@ -195,11 +226,7 @@ class Renormalised(nn.Module):
     def _settle(self, rejected: Tensor | None) -> None:
         """Puts limits and count where the statistics are, whatever a cast has made of them."""
         device = self.running_mean.device
-        for name, limit in self._limits.items():
-            moved = self._buffers[f"_{name}"]
-            if moved is None or moved.dtype != torch.float32 or moved.device != device:
-                moved = torch.empty((), device=device)
-            self._buffers[f"_{name}"] = moved.fill_(limit)
+        self._settle_limits(device)
         count = torch.zeros((), dtype=torch.int64, device=device)
         self._rejected = count if rejected is None or rejected.is_meta else count.copy_(rejected)
 
@@ -241,6 +268,10 @@ class _BatchRenorm(Renormalised, _NormBase):
         """Normalises ``input``; see :func:`renormify.functional.batch_renorm` for ``mask``."""
         if is_proxy(input):
             return kept_whole(self, *((input,) if mask is None else (input, mask)))
+        return self.normalise(input, mask)
+
+    def normalise(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The forward itself, for a derived class whose own forward is traced."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training:
             return self.renormalise(input, self.weight, self.bias, mask)
@@ -309,7 +340,7 @@ def _documented(dims: str, shape: str, example: str) -> Callable[[type], type]:
 
 def bears_limits(module: nn.Module) -> TypeGuard[Renormalised]:
     """Whether ``r_max`` and ``d_max`` of a module are those of Batch Renorm: a layer's, or of its calls."""
-    return is_batch_renorm(module) or getattr(module, "calls_batch_renorm", False) is True
+    return getattr(module, "calls_batch_renorm", False) is True
 
 
 def is_batch_renorm(module: nn.Module) -> TypeGuard[Renormalised]:

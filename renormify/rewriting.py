@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -14,8 +15,8 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.parameter import UninitializedBuffer
 
-from renormify.errors import NothingToConvertError, UnsupportedModelError
-from renormify.functions import convert_forward, convert_graph, restore_forward
+from renormify.errors import NothingToConvertError, RenormifyWarning, UnsupportedModelError
+from renormify.functions import calls_renorm, convert_forward, convert_graph, restore_forward
 from renormify.layers import Renormalised, is_batch_renorm
 from renormify.programs import is_program_module, make_trainable
 from renormify.registry import register_rule, rule_for
@@ -213,7 +214,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     _check_model(model)
     for _, layer in _layers(model):
-        original_of(layer)  # before any is changed
+        if "replaces" not in vars(layer):
+            original_of(layer)  # before any is changed
     target = _target(model, inplace)
     layers = list(_layers(target))
     calls = [module for module in target.modules() if restore_forward(module)]
@@ -234,6 +236,8 @@ def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) ->
         model: a model with Batch Renorm layers, as :func:`renormify` returns it.
         process_group: the processes to join. Default: all
 
+    Functional calls have no layer that could join processes; a warning names those that there are.
+
     Raises:
         NothingToConvertError: when it has none.
 
@@ -247,6 +251,14 @@ def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) ->
         )
     for _, layer in layers:
         synchronise_layer(layer, process_group)
+    alone = [name or "the model itself" for name, module in model.named_modules() if calls_renorm(module)]
+    if alone:
+        warnings.warn(
+            f"functional calls stay with the batch of their own process: those of {', '.join(alone)}. "
+            "Make them call a layer to synchronise them.",
+            RenormifyWarning,
+            stacklevel=2,
+        )
     return model
 
 
@@ -296,7 +308,7 @@ def _apply(model: nn.Module, verdicts: _Verdicts, settings: Settings) -> nn.Modu
         if isinstance(module, fx.GraphModule) and calls:
             convert_graph(module, calls, path, settings)
         elif calls:
-            convert_forward(module, settings)
+            convert_forward(module, calls, settings)
         elif rule_for(module) is not None:
             model = _put(model, path, apply_rule(module, settings))
         else:

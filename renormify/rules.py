@@ -101,6 +101,8 @@ def _refusal_of_forward(module: nn.Module) -> str | None:
 
 def _is_to_be_rewritten(module: nn.Module) -> bool:
     """Whether the forward of a BatchNorm is its own, and does not leave the normalising to super()."""
+    if torch_base(type(module)) is None:
+        return False  # frozen: what it computes is known
     own = not class_of(module).forward.__module__.startswith("torch.nn.")
     return own and (calls_batch_norm(module) or not calls_super_forward(module))
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from renormify.calls import NormCall, calls_batch_norm, norm_calls, operator_name, unknown_calls
 from renormify.forwards import calls_in_forward
 from renormify.graphs import problem_of
+from renormify.layers import Renormalised
 from renormify.registry import rule_for
 from renormify.tracing import class_name, is_norm
 
@@ -32,6 +34,7 @@ class Site:
         module: the module that normalises, or whose forward calls the function.
         path: the path of that module, or of the GraphModule whose graph holds the call.
         owner: the path of the module in whose forward a call was made, as far as it is still there.
+        number: of a functional call, which it is among those of the forward.
         calls: the functional call, as often as a graph holds it; empty for a module.
         problem: why the site cannot be anything but skipped, or None.
     """
@@ -42,6 +45,7 @@ class Site:
     module: nn.Module = field(repr=False, compare=False)
     path: str = field(repr=False, compare=False)
     owner: str = field(default="", repr=False, compare=False)
+    number: int = field(default=0, repr=False, compare=False)
     calls: tuple[NormCall, ...] = field(default=(), repr=False, compare=False)
     problem: str | None = field(default=None, repr=False, compare=False)
 
@@ -59,12 +63,19 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def _sites(path: str, module: nn.Module) -> Iterator[Site]:
-    if is_norm(module) or rule_for(module) is not None:
+    if _is_layer(module) or rule_for(module) is not None:
         yield Site(path, class_name(module), _channels(getattr(module, "running_var", None)), module, path)
     elif isinstance(module, fx.GraphModule):
         yield from _sites_in_graph(path, module)
     elif not isinstance(module, torch.jit.ScriptModule) and calls_batch_norm(module):
         yield from _sites_in_forward(path, module)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a norm that is converted as such, not by the call in its forward."""
+    if not is_norm(module) or isinstance(module, (_NormBase, Renormalised, torch.jit.ScriptModule)):
+        return is_norm(module)
+    return "frozen" in class_name(module).lower() or not calls_batch_norm(module)
 
 
 def _sites_in_forward(path: str, module: nn.Module) -> Iterator[Site]:
@@ -74,7 +85,8 @@ def _sites_in_forward(path: str, module: nn.Module) -> Iterator[Site]:
         yield Site(path, _CALL, None, module, path, problem=problem)
     for number, call in enumerate(calls):
         name = f"{path}:{number}" if number else path
-        yield Site(name, _CALL, _channels_of(call, module), module, path, path, (call,), problem_of(call))
+        channels = _channels_of(call, module)
+        yield Site(name, _CALL, channels, module, path, path, number, (call,), problem_of(call))
 
 
 def _sites_in_graph(path: str, module: fx.GraphModule) -> Iterator[Site]:
@@ -95,9 +107,10 @@ def _sites_in_graph(path: str, module: fx.GraphModule) -> Iterator[Site]:
         problem = next(filter(None, map(problem_of, calls)), None)
         bearer = modules.get(inner, module)
         channels = _channels_of(calls[0], module)
-        yield Site(name, _CALL, channels, bearer, path, owner, tuple(calls), problem)
+        yield Site(name, _CALL, channels, bearer, path, owner, number, tuple(calls), problem)
     for node in unknown_calls(module.graph):
-        yield Site(path, operator_name(node), None, module, path, problem="an operator of unknown kind")
+        kind = f"{operator_name(node)}()"
+        yield Site(path, kind, None, module, path, problem="an operator of unknown kind")
 
 
 _CALL = "batch_norm()"

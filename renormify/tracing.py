@@ -44,9 +44,41 @@ class _ForwardTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Records a node, unless in a context that the graph would not hold."""
+        if _modes() != self._modes:
+            raise fx.proxy.TraceError("it switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """A norm layer that calls ``super().forward()`` calls itself, without its own forward."""
+        return "normalise" if mod is self.root else super().path_of_module(mod)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """As all are."""
         return True
+
+
+def _modes() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
+
+
+def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
+    """Records what a forward keeps, so that the graph keeps it too."""
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_module", "__setattr__", (name, value), {})
+    elif value is not getattr(self, name, self) and not (
+        type(value) in _PLAIN and value == getattr(self, name)
+    ):
+        raise fx.proxy.TraceError(f"it sets self.{name}")
+    nn.Module.__setattr__(self, name, value)
+
+
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def trace_forward(
@@ -69,7 +101,8 @@ def trace_forward(
     namespace: dict[str, Any] = {"original": forward, "constants": constants}
     named = ", ".join(f"{name}={name}" for name in inputs)
     exec(f"def forward(self, {', '.join(inputs)}): return original(self, {named}, **constants)", namespace)
-    kind: Any = type(type(module).__name__, (type(module),), {"forward": namespace["forward"]})
+    own = {"forward": namespace["forward"], "__setattr__": _set_attribute}
+    kind: Any = type(type(module).__name__, (type(module),), own)
     stand_in: nn.Module = kind.__new__(kind)
     stand_in.__dict__.update({**vars(module), "training": True, "_forward_hooks": OrderedDict()})
     stand_in.__dict__.pop("forward", None)
@@ -102,31 +135,55 @@ def generators_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """A forward may keep what it computed (LeViT its biases); a proxy kept so would break the model."""
-    undo = [_snapshot(vars(module)) for module in model.modules()]
+    """A forward may keep what it computed; a proxy kept so would break the model.
+
+    Raises:
+        TraceError: where the graph would not keep it, being in no attribute of the model itself.
+    """
+    own = {id(vars(model)), *map(id, (model._buffers, model._parameters, model._modules))}
+    undo = [_snapshot(vars(module), own) for module in model.modules()]
+    registered = {name for names in (model._buffers, model._parameters, model._modules) for name in names}
+    changed = False
     try:
         yield
+        changed = registered != {
+            name for names in (model._buffers, model._parameters, model._modules) for name in names
+        }
     finally:
-        for restore in undo:
-            restore()
+        changed |= sum(restore() for restore in undo) > 0  # each of them
+    if changed:
+        raise fx.proxy.TraceError("it keeps what it computes")
 
 
-def _snapshot(container: Any) -> Callable[[], None]:
-    """A function that gives a container, and the containers and tensors in it, their content again."""
+def _snapshot(container: Any, own: set[int]) -> Callable[[], bool]:
+    """A function that gives a container, and the containers and tensors in it, their content again.
+
+    It returns whether anything had changed, but for the containers whose changes are recorded.
+    """
     values = container.values() if isinstance(container, dict) else container
-    inner = [_snapshot(value) for value in values if type(value) in _CONTAINERS]
+    inner = [_snapshot(value, own) for value in values if type(value) in _CONTAINERS]
     tensors = [
         (t, t._version, t.detach().clone()) for t in values if type(t) is Tensor and not t.is_inference()
     ]
     content = dict(container) if isinstance(container, dict) else list(container)
 
-    def restore() -> None:
+    def restore() -> bool:
+        now = dict(container) if isinstance(container, dict) else list(container)
+        changed = id(container) not in own and not _is_same(now, content)
         container.clear()
         container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
-        for undo in inner:
-            undo()
+        changed |= sum(undo() for undo in inner) > 0
         for tensor, version, value in tensors:
             if tensor._version != version:
                 tensor.detach().copy_(value)
+                changed = True
+        return changed
 
     return restore
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two contents are the same objects; comparing tensors would compute."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

@@ -252,7 +252,9 @@ def test_operator_of_unknown_kind_is_left_and_named() -> None:
     conversion = convert(graph_module)
     assert conversion.report.converted == ("norm",)
     skipped = {site.kind: site.reason for site in conversion.report.sites if site.action == "skipped"}
-    assert skipped == dict.fromkeys(("batch_norm_stats", "batch_norm_elemt"), "an operator of unknown kind")
+    assert skipped == dict.fromkeys(
+        ("batch_norm_stats()", "batch_norm_elemt()"), "an operator of unknown kind"
+    )
     assert [(node.op, node.target) for node in conversion.model.graph.nodes] == nodes
 
 

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 
-from renormify import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, convert, renormify, revert
+from renormify import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    convert,
+    register_rule,
+    renormify,
+    revert,
+)
 from renormify.errors import InputError, NothingToConvertError, RenormifyError, UnsupportedModelError
 from renormify.rewriting import rewrite
 from renormify.settings import Settings
@@ -26,9 +34,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RENORMS = (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)
 
 
-class OwnForward(nn.BatchNorm2d):
+class OwnArithmetic(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
-        return torch.relu(super().forward(input))
+        return input - self.running_mean.view(1, -1, 1, 1)
 
 
 class Plain(nn.BatchNorm2d):
@@ -40,16 +48,6 @@ class Plain(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return "plain"
-
-
-class WithMethod(nn.BatchNorm2d):
-    def shifted(self) -> Tensor:
-        return self.bias + 1
-
-
-class AnyDimensions(nn.modules.batchnorm._BatchNorm):
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
 
 
 class Call(nn.Module):
@@ -461,30 +459,22 @@ def test_filter_that_leaves_nothing() -> None:
 def _skips() -> dict[str, tuple[nn.Module, str]]:
     overridden = nn.BatchNorm2d(C)
     overridden.forward = lambda x: x  # type: ignore[method-assign]
-    parametrized = nn.BatchNorm2d(C)
-    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
     uncounted = nn.BatchNorm2d(C)
     uncounted.num_batches_tracked = None
     return {
-        "own": (OwnForward(C), "OwnForward has a forward of its own"),
-        "timm_act": (timm.layers.BatchNormAct2d(C), "BatchNormAct2d has a forward of its own"),
-        "method": (WithMethod(C), "WithMethod defines shifted"),
+        "own": (OwnArithmetic(C), "OwnArithmetic has a forward of its own, which does not call batch_norm"),
         "overridden": (overridden, "forward was replaced on the instance"),
-        "parametrized": (parametrized, "remove its parametrizations"),
-        "lazy": (nn.LazyBatchNorm2d(), "run one forward first"),
         "stateless": (nn.BatchNorm2d(C, track_running_stats=False), "set track_running_stats=True"),
         "uncounted": (uncounted, "has no num_batches_tracked"),
         "frozen": (torchvision.ops.FrozenBatchNorm2d(C), "frozen"),
-        "dimensions": (AnyDimensions(C), "of unknown dimensions"),
         "renorm": (BatchRenorm2d(C), "is Batch Renorm already"),
-        "call": (Call(), "a functional call in this module's forward"),
+        "call": (Call(), "frozen: the call has training=False"),
     }
 
 
 @pytest.mark.parametrize(
     ("name", "inplace"),
-    # torch cannot copy a lazy layer
-    [(name, inplace) for name in _skips() for inplace in (False, True) if inplace or name != "lazy"],
+    [(name, inplace) for name in _skips() for inplace in (False, True)],
 )
 def test_what_cannot_be_converted_is_reported_and_left(name: str, inplace: bool) -> None:
     module, reason = _skips()[name]
@@ -502,21 +492,21 @@ def test_what_cannot_be_converted_is_reported_and_left(name: str, inplace: bool)
     assert type(conversion.model[1]).__name__ == kind.__name__
 
 
-def test_include_frozen_says_so_too() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(C), torchvision.ops.FrozenBatchNorm2d(C))
-    [_, frozen] = convert(model, include_frozen=True).report.sites
-    assert frozen.action == "skipped"
-    assert "frozen" in frozen.reason
+def test_include_frozen_asks_for_every_frozen_site() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(C), torchvision.ops.FrozenBatchNorm2d(C), Call())
+    assert convert(model).report.skipped == ("1", "2")
+    assert {site.reason[:7] for site in convert(model).report.sites[1:]} == {"frozen:"}
+    assert convert(model, include_frozen=True).report.converted == ("0", "1", "2")
 
 
 def test_report_as_plain_values() -> None:
     conversion = convert(nn.Sequential(nn.BatchNorm2d(C), Call(), nn.LazyBatchNorm2d()), inplace=True)
     plain = json.loads(json.dumps(conversion.to_dict()))
     assert plain == conversion.report.to_dict()
-    assert plain["converted"] == ["0"]
-    assert plain["skipped"] == ["1", "2"]
+    assert plain["converted"] == ["0", "2"]
+    assert plain["skipped"] == ["1"]
     assert [site["kind"] for site in plain["sites"]] == ["BatchNorm2d", "batch_norm()", "LazyBatchNorm2d"]
-    assert [site["channels"] for site in plain["sites"]] == [C, None, None]
+    assert [site["channels"] for site in plain["sites"]] == [C, C, None]
     assert set(plain["sites"][0]) == {"name", "kind", "action", "reason", "channels"}
     with pytest.raises(AttributeError):
         conversion.report.sites[0].action = "skipped"  # type: ignore[misc]
@@ -524,7 +514,7 @@ def test_report_as_plain_values() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_report_does_not_depend_on_whether_the_model_can_be_traced(training: bool) -> None:
-    modules = [module for name, (module, _) in _skips().items() if name not in ("call", "lazy")]
+    modules = [module for name, (module, _) in _skips().items() if name != "call"]
     for build in (_conv_net, lambda: nn.Sequential(nn.BatchNorm2d(C), *modules)):
         model = build().train(training)
         traced = convert(model).report.sites
@@ -538,8 +528,9 @@ def test_report_does_not_depend_on_whether_the_model_can_be_traced(training: boo
 def test_inert_subclass_is_converted_and_comes_back_as_itself() -> None:
     model = _lived_in(nn.Sequential(Plain(C))).eval()
     converted = renormify(model)
-    assert type(converted[0]) is BatchRenorm2d
-    assert converted[0].note == "kept"
+    assert isinstance(converted[0], Plain)
+    assert isinstance(converted[0], BatchRenorm2d)
+    assert (converted[0].note, converted[0].eps) == ("kept", 1e-3)
     x = _x()
     assert torch.equal(converted(x), model(x))
     back = revert(converted)
@@ -557,17 +548,6 @@ def test_synchronised_layer_becomes_its_counterpart() -> None:
     assert torch.equal(conversion.model(x), model(x))
     assert type(revert(conversion.model)[0]) is nn.SyncBatchNorm
     _assert_same_state(revert(conversion.model), model)
-
-
-def test_lazy_layer_is_converted_after_its_first_forward() -> None:
-    model = nn.Sequential(nn.LazyConv2d(C, 1), nn.LazyBatchNorm2d())
-    with pytest.raises(NothingToConvertError, match="run one forward first"):
-        convert(model)
-    model(_x())
-    converted = renormify(model)
-    assert type(converted[1]) is BatchRenorm2d
-    assert type(revert(converted)[1]) is nn.BatchNorm2d
-    _assert_moves_by_batch_renorm(converted, _x())
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -610,11 +590,11 @@ def test_nothing_to_convert() -> None:
     with pytest.raises(NothingToConvertError, match="found no BatchNorm to convert in Linear") as caught:
         convert(nn.Linear(2, 2))
     assert caught.value.exit_code == 1
-    with pytest.raises(NothingToConvertError, match=r"1 skipped, the first the model itself .OwnForward"):
-        convert(OwnForward(C))
+    with pytest.raises(NothingToConvertError, match=r"1 skipped, the first the model itself .OwnArithm"):
+        convert(OwnArithmetic(C))
     with pytest.raises(NothingToConvertError, match="Batch Renorm already"):
         convert(renormify(_conv_net()))
-    with pytest.raises(NothingToConvertError, match="found no Batch Renorm layer in Sequential"):
+    with pytest.raises(NothingToConvertError, match="found no Batch Renorm in Sequential to revert"):
         revert(_conv_net())
 
 
@@ -626,15 +606,12 @@ def test_what_is_no_module(function: Callable[..., Any], thing: Any) -> None:
 
 
 @pytest.mark.parametrize("function", [convert, revert])
-def test_scripted_and_exported_models(function: Callable[..., Any]) -> None:
+def test_scripted_models(function: Callable[..., Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, that scripting is going away
         scripted = torch.jit.script(_conv_net())
     with pytest.raises(UnsupportedModelError, match="scripted module cannot be rewritten"):
         function(scripted)
-    program = torch.export.export(_conv_net().eval(), (_x(),))
-    with pytest.raises(UnsupportedModelError, match="ExportedProgram cannot be rewritten yet"):
-        function(program)
 
 
 def test_scripted_part_of_a_model_is_reported() -> None:
@@ -743,10 +720,16 @@ def test_rewrite_fits_into_a_pipeline_of_passes() -> None:
     assert sum(isinstance(m, RENORMS) for m in result.graph_module.modules()) == 3
 
 
-def test_exported_graph_is_reported_as_calls() -> None:
-    exported = torch.export.export(_conv_net().eval(), (_x(),)).module()
-    with pytest.raises(NothingToConvertError, match=r"3 skipped.*functional call"):
-        convert(exported)
+@pytest.mark.parametrize("training", [True, False])
+def test_exported_graph_gets_layers(training: bool) -> None:
+    model = _conv_net().train(training)
+    model[3][1].momentum = 0.1  # with None, it is computed in the graph
+    exported = torch.export.export(model, (_x(),)).module()
+    conversion = convert(exported)
+    assert conversion.report.skipped == ()
+    assert len(conversion.report.converted) == 3
+    assert sum(isinstance(m, RENORMS) for m in conversion.model.modules()) == 3
+    _assert_same_state(conversion.model, exported)
 
 
 # ----------------------------------------------------------------------------------- compiled and wrapped
@@ -837,3 +820,88 @@ def test_rewrite_takes_graph_modules_alone() -> None:
     with pytest.raises((TypeError, ValueError)):
         rewrite(norm)  # type: ignore[arg-type]
     assert type(norm) is nn.BatchNorm1d
+
+
+# ------------------------------------------------------------------------------------------ rules of a user
+
+
+class Centred(nn.Module):
+    """A norm of a user's own: no BatchNorm by its ancestors, nor by its name."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, -1, 1, 1)
+        return (x - self.running_mean.view(shape)) / (self.running_var.view(shape) + 1e-5).sqrt()
+
+
+class CentredRenorm(BatchRenorm2d):
+    """The layer of ours that keeps the two names of its state."""
+
+    def __init__(self, channels: int, **limits: float) -> None:
+        super().__init__(channels, affine=False, **limits)
+        self.num_batches_tracked = None
+
+
+@pytest.fixture
+def rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("renormify.registry._rules", {})
+
+
+def _centred(module: nn.Module, settings: Settings) -> nn.Module:
+    layer = CentredRenorm(len(module.running_mean), r_max=settings.r_max, d_max=settings.d_max)
+    layer.running_mean, layer.running_var = module.running_mean, module.running_var
+    return layer
+
+
+@pytest.mark.usefixtures("rules")
+def test_registered_rule_teaches_a_class() -> None:
+    shared = Centred(C)
+    model = _lived_in(nn.Sequential(shared, nn.BatchNorm2d(C), nn.ModuleDict({"again": shared})))
+    assert convert(model).report.converted == ("1",)
+    register_rule(Centred, _centred)
+    conversion = convert(model, r_max=2.0)
+    converted = conversion.model
+    assert conversion.report.converted == ("0", "1")
+    assert conversion.report.sites[0].kind == "Centred"
+    assert converted[0] is converted[2]["again"]
+    assert converted[0].r_max == 2.0
+    assert type(model[0]) is Centred
+    _assert_same_state(converted, model)
+    _assert_moves_by_batch_renorm(converted[:2], _x())
+    back = revert(converted)
+    assert type(back[0]) is Centred
+    assert back[0] is back[2]["again"]
+    _assert_same_state(back, converted)
+
+
+@pytest.mark.usefixtures("rules")
+def test_rule_of_an_ancestor_and_of_the_root() -> None:
+    class Child(Centred):
+        pass
+
+    register_rule(Centred, _centred)
+    assert type(renormify(Child(C))) is CentredRenorm
+    assert convert(nn.Sequential(Child(C)), filter_fn=lambda m, n: True).report.converted == ("0",)
+    assert type(revert(renormify(Child(C)))) is Child
+    with pytest.raises(NothingToConvertError, match="left out by filter_fn"):
+        convert(nn.Sequential(Child(C)), filter_fn=lambda module, name: False)
+
+
+@pytest.mark.usefixtures("rules")
+def test_rule_that_breaks_its_promise() -> None:
+    model = nn.Sequential(Centred(C))
+    for rule, message in (
+        (lambda module, settings: nn.Identity(), r"must return a Batch Renorm layer \(got Identity\)"),
+        (lambda module, settings: BatchRenorm2d(C), "must keep the names of its state: expected"),
+    ):
+        register_rule(Centred, rule)
+        with pytest.raises(UnsupportedModelError, match=message):
+            convert(model, inplace=True)
+        assert type(model[0]) is Centred
+    for norm_class, rule in ((Centred(C), _centred), (dict, _centred), (Centred, "rule")):
+        with pytest.raises(InputError, match="register_rule expects"):
+            register_rule(norm_class, rule)  # type: ignore[arg-type]
