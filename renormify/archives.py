@@ -81,7 +81,7 @@ def read_keras(path: Path, eps: float | None) -> tuple[list[Norm], list[str], bo
 
     Args:
         path: the file.
-        eps: of layers of which the file does not tell; None for Keras' default.
+        eps: of the layers, where the file does not tell; None for Keras' default.
 
     Returns:
         The layers, under the names of the layers in Keras joined by dots; the names of all other layers that
@@ -114,8 +114,7 @@ def read_keras(path: Path, eps: float | None) -> tuple[list[Norm], list[str], bo
                 others.append(name)
             else:
                 norms.append(norm)
-    containers = {norm.name.rpartition(".")[0] for norm in norms}
-    return norms, others, all(norm.name in order for norm in norms) or len(containers) < 2
+    return norms, others, all(norm.name in order for norm in norms) or len(norms) == 1
 
 
 @contextlib.contextmanager
@@ -168,16 +167,14 @@ def _weights(file: Any, path: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
 
     def visit(group: Any, name: str, of_layers: bool) -> None:
-        for key in group:
-            # A link may lead into another file.
-            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
-                raise CheckpointError(f"{path} holds a link at {group.name}/{key}; expected weights alone")
-            child = group[key]
+        for key, child in _children(group, path).items():
             if key == "optimizer" and not name:
                 continue
             if key == "vars" and isinstance(child, h5py.Group):
-                if len(child):
-                    found[name] = [child[index] for index in sorted(child, key=_natural)]
+                if name in found:
+                    raise CheckpointError(f"{path} is damaged: it holds two layers {name}")
+                if variables := _children(child, path):
+                    found[name] = [variables[index] for index in sorted(variables, key=_natural)]
             elif isinstance(child, h5py.Group):
                 own = child["vars"].attrs.get("name", key) if of_layers and "vars" in child else key
                 # Keras' own container is no part of a layer's name.
@@ -188,6 +185,16 @@ def _weights(file: Any, path: Path) -> dict[str, list[Any]]:
     if not found:
         raise CheckpointError(f"{path} holds no weights as Keras 3 writes them, in .keras or .weights.h5")
     return found
+
+
+def _children(group: Any, path: Path) -> dict[str, Any]:
+    """What is in a group itself; a link may lead into another file, and is refused."""
+    import h5py
+
+    for key in group:
+        if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+            raise CheckpointError(f"{path} holds a link at {group.name}/{key}; expected weights alone")
+    return {key: group[key] for key in group}
 
 
 def _norm(
@@ -203,6 +210,8 @@ def _norm(
         if affine != len(leading):
             raise CheckpointError(f"{path} is damaged: {name} has {len(variables)} variables")
         told = config.get("epsilon")
+        if eps is not None and told != eps:
+            raise CheckpointError(f"{name} in {path} was built with epsilon={told}, and not with {eps:g}")
         eps = float(told) if isinstance(told, (int, float)) else eps
     else:
         shapes = {getattr(variable, "shape", None) for variable in variables}

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from renormify import archives
@@ -28,7 +27,7 @@ from renormify.errors import (
 )
 from renormify.peers import PEERS
 from renormify.sources import nearest
-from renormify.translation import LayerImport, Norm, Peer, Target, translate
+from renormify.translation import LayerImport, Norm, Peer, Target, check_norm, shown, translate
 
 __all__ = ["AUTO", "Import", "ImportReport", "import_checkpoint"]
 
@@ -65,7 +64,7 @@ class ImportReport:
     @property
     def reason(self) -> str | None:
         """Which layers do not evaluate as they did, or None."""
-        failed = [_shown(layer.name) for layer in self.layers if not layer.tolerance_used <= 1]
+        failed = [shown(layer.name) for layer in self.layers if not layer.tolerance_used <= 1]
         return f"not as in {self.package} in evaluation: {', '.join(failed)}" if failed else None
 
     def mended(self) -> tuple[dict[str, Any], ...]:
@@ -213,7 +212,7 @@ def _read_keras(path: Path, peer: str, eps: float | None) -> _File:
     if not norms:
         raise NothingToConvertError(f"nothing to import: {path} has no BatchNormalization with renorm=True")
     for norm in norms:
-        _check_values(norm, PEERS[archives.KERAS], path)
+        check_norm(norm, PEERS[archives.KERAS], path)
     tensors = {_key(norm.name, leaf): value for norm in norms for leaf, value in norm.tensors.items()}
     return _File(
         path, PEERS[archives.KERAS], norms, Checkpoint(tensors, path=path), tuple(others), ordered=ordered
@@ -244,7 +243,7 @@ def _divide(checkpoint: Checkpoint, peer: str, eps: float | None) -> _File:
         # What a subclass has besides is kept.
         own = {key: modules[name][key] for key in kind.keys if key in modules[name]}
         norms.append(Norm(name, own, kind.eps if eps is None else eps))
-        _check_values(norms[-1], kind, path)
+        check_norm(norms[-1], kind, path)
     return _File(path, kind, norms, checkpoint)
 
 
@@ -255,9 +254,7 @@ def _version(checkpoint: Checkpoint, name: str) -> int | None:
 
 def _only_peer(found: Mapping[str, list[str]], peer: str, path: Path, batch_norms: list[str]) -> Peer:
     if len(found) > 1:
-        kinds = " and ".join(
-            f"of {PEERS[kind].package} ({_shown(names[0])})" for kind, names in found.items()
-        )
+        kinds = " and ".join(f"of {PEERS[kind].package} ({shown(names[0])})" for kind, names in found.items())
         raise CheckpointError(
             f"{path} holds layers {kinds}; expected those of one: save each part of the model in a file of "
             "its own"
@@ -268,56 +265,17 @@ def _only_peer(found: Mapping[str, list[str]], peer: str, path: Path, batch_norm
         kind, names = next(iter(found.items()))
         raise CheckpointError(
             f"{path} holds no layers of {PEERS[peer].package}, but of {PEERS[kind].package} "
-            f"({_shown(names[0])}): use --from {kind}"
+            f"({shown(names[0])}): use --from {kind}"
         )
     if batch_norms:
         raise NothingToConvertError(
-            f"nothing to import: the norm layers in {path} ({_shown(batch_norms[0])}) have BatchNorm's "
+            f"nothing to import: the norm layers in {path} ({shown(batch_norms[0])}) have BatchNorm's "
             "names, which renormify convert takes; torchrl's have the same: if they are, use --from torchrl"
         )
     raise NothingToConvertError(
         f"nothing to import: {path} holds no Batch Renorm layer of "
         + (PEERS[peer].package if peer in PEERS else ", ".join(known.package for known in PEERS.values()))
     )
-
-
-def _check_values(norm: Norm, peer: Peer, path: Path) -> None:
-    """Refuses a layer whose evaluation would not be a function."""
-    missing = [key for key in peer.keys if key not in norm.tensors]
-    if missing:
-        raise CheckpointError(
-            f"{_shown(norm.name)} in {path} has no {' and no '.join(missing)}: {peer.remedy(missing[0])}"
-        )
-    vectors = {key: value for key, value in norm.tensors.items() if key != peer.counter}
-    counted = peer.counter is None or norm.tensors[peer.counter].numel() == 1
-    if (
-        not counted
-        or not all(
-            value.is_floating_point()
-            and value.layout == torch.strided
-            and 0 < value.numel() == value.shape.numel()
-            for value in vectors.values()
-        )
-        or len({value.numel() for value in vectors.values()}) != 1
-    ):
-        told = ", ".join(f"{key} {tuple(value.shape)}" for key, value in norm.tensors.items())
-        raise CheckpointError(
-            f"{_shown(norm.name)} in {path} is damaged: expected one number for each channel (got {told})"
-        )
-    for key, value in norm.tensors.items():
-        finite = torch.isfinite(value)
-        if not bool(finite.all()):
-            raise CheckpointError(
-                f"{norm.name}.{key}".removeprefix(".")
-                + f" in {path} holds inf or NaN in {int((~finite).sum())} of {value.numel()} channels: "
-                + peer.remedy(key)
-            )
-    sound = peer.affine(norm).sigma > 0
-    if not bool(sound.all()):
-        raise CheckpointError(
-            f"{_shown(norm.name)} in {path} has a sigma that is not positive in {int((~sound).sum())} of "
-            f"{len(sound)} channels, where its evaluation divides by zero: train it first"
-        )
 
 
 def _targets(file: _File, model: nn.Module | None) -> list[Target]:
@@ -336,12 +294,12 @@ def _targets(file: _File, model: nn.Module | None) -> list[Target]:
         names = _by_order(file, own)
     elif strangers:
         near = nearest(strangers[0], own)
-        raise KeyMismatchError(f"the model has no norm layer {_shown(strangers[0])} as {file.path} has{near}")
+        raise KeyMismatchError(f"the model has no norm layer {shown(strangers[0])} as {file.path} has{near}")
     for norm, name in zip(file.norms, names, strict=True):
         channels = len(file.peer.affine(norm).mean)
         if channels != len(own[name].running_var):
             raise KeyMismatchError(
-                f"{_shown(norm.name)} in {file.path} has {channels} channels, and {_shown(name)} in the "
+                f"{shown(norm.name)} in {file.path} has {channels} channels, and {shown(name)} in the "
                 f"model has {len(own[name].running_var)}"
             )
     return [Target(name, own[name].eps, frozenset(own[name].state_dict())) for name in names]
@@ -367,7 +325,7 @@ def _by_order(file: _File, own: Mapping[str, Any]) -> list[str]:
 def _notes_on_eps(layers: Sequence[LayerImport]) -> tuple[str, ...]:
     by_eps: dict[float, list[str]] = defaultdict(list)
     for layer in layers:
-        by_eps[layer.eps].append(_shown(layer.name))
+        by_eps[layer.eps].append(shown(layer.name))
     return tuple(
         f"{'all layers' if len(by_eps) == 1 else ', '.join(names)} must have eps={eps:g} to evaluate as in "
         "the file; with --model SOURCE they keep the model's own"
@@ -384,7 +342,3 @@ def _notes(file: _File) -> tuple[str, ...]:
     if file.peer.name == "avalanche":
         return ("num_batches_tracked is 0: Avalanche does not count",)
     return ()
-
-
-def _shown(name: str) -> str:
-    return name or "the model itself"

@@ -70,6 +70,12 @@ class TorchRL(Peer):
                 "N = 1 it becomes inf",
                 "sigma of the batch is averaged, with the biased variance, and left alone at one value",
             ),
+            Mend(
+                "use",
+                "float16 inputs give inf or NaN statistics; gradients change under activation checkpointing; "
+                "symbolic tracing fails",
+                "statistics are float32; the second forward is that of the first; the layer is one node",
+            ),
         )
 
     def remedy(self, key: str) -> str:
@@ -126,6 +132,11 @@ class SB3(Peer):
                 "r_max = 3 and d_max = 5 are fixed in code, and come into force at once after warm-up",
                 "r_max and d_max are attributes of the layer",
             ),
+            Mend(
+                "use",
+                "3D input raises; gradients change under activation checkpointing; fullgraph compiling fails",
+                "BatchRenorm1d takes 2D and 3D input; the second forward is that of the first; it compiles",
+            ),
         )
 
 
@@ -177,6 +188,11 @@ class Avalanche(Peer):
                 "file",
                 "running_avg_mean and running_avg_std are no buffers, and a state dict loses them",
                 "running_mean and running_var are buffers",
+            ),
+            Mend(
+                "use",
+                "gradients change under activation checkpointing; there is no layer for 1D",
+                "the second forward is that of the first; BatchRenorm1d, 2d and 3d",
             ),
         )
 
@@ -236,6 +252,11 @@ class Ludvb(Peer):
                 "file",
                 "running_std is a name of its own, and BatchNorm's files do not load",
                 "running_var = running_std^2 - eps, BatchNorm's name and meaning",
+            ),
+            Mend(
+                "use",
+                "pickling, fullgraph compilation and symbolic tracing fail",
+                "the layer pickles and compiles, and is one node of a trace",
             ),
         )
 

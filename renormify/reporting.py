@@ -140,7 +140,7 @@ def _checkpoint(checkpoint: Mapping[str, Any]) -> Section:
 
 def _imported(imported: Mapping[str, Any]) -> list[Section]:
     layers = imported["layers"]
-    largest = max((layer["tolerance_used"] or math.inf for layer in layers), default=0.0)
+    largest = max((layer["tolerance_used"] or 0.0 for layer in layers), default=0.0)
     summary = (
         f"{len(layers)} layers of {imported['package']} evaluate as there, within {largest:.0%} of what "
         "rounding explains"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from renormify.errors import KeyMismatchError
+from renormify.errors import CheckpointError, KeyMismatchError
 
-__all__ = ["Affine", "LayerImport", "Mend", "Norm", "Peer", "Target", "translate"]
+__all__ = ["Affine", "LayerImport", "Mend", "Norm", "Peer", "Target", "check_norm", "shown", "translate"]
 
 # Roundings that F.batch_norm may make between its result and the exact one.
 _ROUNDINGS = 8
@@ -76,7 +78,7 @@ class Mend:
     """One thing that is otherwise now than in the peer.
 
     Args:
-        where: ``"training"``, ``"file"``, ``"evaluation"`` or ``"settings"``.
+        where: ``"training"``, ``"evaluation"``, ``"file"``, ``"settings"`` or ``"use"``.
         fault: what the peer does, or what would have come of it.
         now: what is done instead.
         effect: how large the fault is in this layer, or None where the file cannot tell.
@@ -176,6 +178,39 @@ class LayerImport:
     mended: tuple[Mend, ...]
 
 
+def shown(name: str) -> str:
+    """A layer's path, for people."""
+    return name or "the model itself"
+
+
+def check_norm(norm: Norm, peer: Peer, path: Path) -> None:
+    """Refuses a layer whose evaluation is not defined.
+
+    Raises:
+        CheckpointError: tensors are missing, not finite, or not one number for each channel, or sigma is not
+            positive.
+    """
+    where = f"{shown(norm.name)} in {path}"
+    if missing := [key for key in peer.keys if key not in norm.tensors]:
+        raise CheckpointError(f"{where} has no {' and no '.join(missing)}: {peer.remedy(missing[0])}")
+    vectors = [value for key, value in norm.tensors.items() if key != peer.counter]
+    sound = all(value.is_floating_point() and value.layout == torch.strided for value in vectors)
+    counted = peer.counter is None or norm.tensors[peer.counter].numel() == 1
+    if not sound or not counted or len({value.numel() for value in vectors}) != 1:
+        told = ", ".join(f"{key} {tuple(value.shape)}" for key, value in norm.tensors.items())
+        raise CheckpointError(f"{where} is damaged: expected one number for each channel (got {told})")
+    for key, value in norm.tensors.items():
+        if count := int((~torch.isfinite(value)).sum()):
+            raise CheckpointError(
+                f"{where} holds inf or NaN in {count} of {value.numel()} values of {key}: {peer.remedy(key)}"
+            )
+    if count := int((~(peer.affine(norm).sigma > 0)).sum()):
+        raise CheckpointError(
+            f"{where} has no positive sigma in {count} channels, where its evaluation divides by zero or has "
+            "no root: train it first"
+        )
+
+
 def translate(norm: Norm, peer: Peer, target: Target) -> tuple[dict[str, Tensor], LayerImport]:
     """BatchNorm's state for the evaluation of a peer's layer, and the report of it.
 
@@ -190,8 +225,9 @@ def translate(norm: Norm, peer: Peer, target: Target) -> tuple[dict[str, Tensor]
     variance = theirs.var + (theirs.eps - target.eps)
     scale = torch.where(variance < 0, math.sqrt(target.eps) / theirs.sigma, 1.0)
     weight, bias = _affine(theirs, scale, target)
-    mean = next(value for key, value in norm.tensors.items() if key.endswith("mean"))
-    dtype = torch.promote_types(mean.dtype, torch.float32)  # half precision would round what is subtracted
+    # At least float32: half precision would round what is subtracted.
+    dtypes = (value.dtype for value in norm.tensors.values() if value.is_floating_point())
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     vectors = {
         "weight": weight,
         "bias": bias,
@@ -199,13 +235,14 @@ def translate(norm: Norm, peer: Peer, target: Target) -> tuple[dict[str, Tensor]
         "running_var": variance.clamp(min=0),
     }
     state = {key: value.to(dtype) for key, value in vectors.items() if value is not None}
-    state["num_batches_tracked"] = torch.tensor(theirs.count or 0)
-    if target.keys is not None and (unexpected := state.keys() - target.keys - {"num_batches_tracked"}):
+    if target.keys is not None and (unexpected := state.keys() - target.keys):
         raise KeyMismatchError(
-            f"{target.name or 'the model'} has no {' and no '.join(sorted(unexpected))}, which it needs to "
-            f"evaluate as {norm.name or 'the layer'} of the file (a sigma below sqrt(eps) takes a weight): "
-            "build it with affine=True"
+            f"{shown(target.name)} has no {' and no '.join(sorted(unexpected))}, which it needs to evaluate "
+            f"as {shown(norm.name)} in the file (a sigma below sqrt(eps) takes a weight): build it with "
+            "affine=True"
         )
+    if target.keys is None or "num_batches_tracked" in target.keys:
+        state["num_batches_tracked"] = torch.tensor(theirs.count or 0)
     mended = peer.mends(norm)
     if bool((variance < 0).any()):
         mended += (_absorbed(scale, target.eps),)
