@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,8 @@ def read_keras(path: Path, eps: float | None) -> tuple[list[Norm], list[str], bo
         eps: of the layers, where the file does not tell; None for Keras' default.
 
     Returns:
-        The layers, under the names of the layers in Keras joined by dots; the names of all other layers that
-        have weights; and whether their order is the model's.
+        The layers, under the names that they have in Keras, joined by dots (a weights file tells only their
+        places); the names of all other layers that have weights; and whether their order is the model's.
 
     Raises:
         CheckpointError: the file is damaged, or does not tell what a tensor is.
@@ -98,23 +98,27 @@ def read_keras(path: Path, eps: float | None) -> tuple[list[Norm], list[str], bo
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
             with _member(path, "config.json") as file:
-                configs = _layer_configs(json.loads(file.read()), path)
+                configs = _layer_configs(json.loads(file.read()))
             file = stack.enter_context(_member(path, _WEIGHTS))
         else:
             configs, file = {}, stack.enter_context(path.open("rb"))
         stack.enter_context(_damage(path))
         weights = _weights(stack.enter_context(h5py.File(file, "r")), path)
         # A layer of which the configuration does not tell comes behind, in the order of the file.
-        order = {name: position for position, name in enumerate(configs)}
-        names = sorted(weights, key=lambda name: (order.get(name, len(order)), _natural(name)))
+        order = {place: position for position, place in enumerate(configs)}
         norms, others = [], []
-        for name in names:
-            norm = _norm(name, weights[name], configs.get(name), eps, path)
+        for place in sorted(weights, key=lambda place: (order.get(place, len(order)), _natural(place))):
+            name = ".".join(part for part in place.split("/") if part != "layers")
+            name, config = configs.get(place, (name, None))
+            norm = _norm(name, weights[place], config, eps, path)
             if norm is None:
                 others.append(name)
             else:
                 norms.append(norm)
-    return norms, others, all(norm.name in order for norm in norms) or len(norms) == 1
+    if len({norm.name for norm in norms}) < len(norms):
+        raise CheckpointError(f"{path} is damaged: it holds two layers of one name")
+    ordered = len(norms) == 1 or all(place in order for place in weights)
+    return norms, others, ordered
 
 
 @contextlib.contextmanager
@@ -127,6 +131,11 @@ def _member(path: Path, name: str) -> Iterator[Any]:
                 "no weights are compressed so well"
             )
         with archive.open(info) as file:
+            while file.read(
+                2**20
+            ):  # to the end once, where its checksum is compared: h5py reads here and there
+                pass
+            file.seek(0)
             yield file
 
 
@@ -140,48 +149,51 @@ def _damage(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
 
 
-def _layer_configs(document: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """The configuration of each layer under its name, in the model's order."""
-    found: dict[str, dict[str, Any]] = {}
+def _layer_configs(document: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The name and the configuration of each layer by its place among the weights, in the model's order.
 
-    def visit(layer: Any, prefix: str) -> None:
+    Its place has the name of its class, counted, as Keras writes it. The weights have the layer's own name
+    too, as an attribute; but the HDF5 library does not return from a damaged one.
+    """
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    def visit(layer: Any, prefix: str, place: str) -> None:
+        counts: Counter[str] = Counter()
         config = layer.get("config") if isinstance(layer, Mapping) else None
         for child in config.get("layers", ()) if isinstance(config, Mapping) else ():
-            if not isinstance(child, Mapping) or not isinstance(child.get("config"), Mapping):
-                continue
+            kind = _snake_case(str(child["class_name"]))
+            own = f"{place}layers/{kind}" + (f"_{counts[kind]}" if counts[kind] else "")
+            counts[kind] += 1
             name = f"{prefix}{child['config'].get('name')}"
-            found[name] = {**child["config"], "class_name": child.get("class_name")}
-            visit(child, f"{name}.")
+            found[own] = name, {**child["config"], "class_name": child["class_name"]}
+            visit(child, f"{name}.", f"{own}/")
 
-    try:
-        visit(document, "")
-    except RecursionError as error:
-        raise CheckpointError(f"{path} is damaged: its layers are nested without an end") from error
+    visit(document, "", "")
     return found
 
 
+def _snake_case(name: str) -> str:
+    """BatchNormalization becomes batch_normalization, by Keras' own rules."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
 def _weights(file: Any, path: Path) -> dict[str, list[Any]]:
-    """The variables of each layer, unread, under the layer's name."""
+    """The variables of each layer, unread, by the layer's place in the file."""
     import h5py
 
     found: dict[str, list[Any]] = {}
 
-    def visit(group: Any, name: str, of_layers: bool) -> None:
+    def visit(group: Any, place: str) -> None:
         for key, child in _children(group, path).items():
-            if key == "optimizer" and not name:
+            if not isinstance(child, h5py.Group) or (key == "optimizer" and not place):
                 continue
-            if key == "vars" and isinstance(child, h5py.Group):
-                if name in found:
-                    raise CheckpointError(f"{path} is damaged: it holds two layers {name}")
-                if variables := _children(child, path):
-                    found[name] = [variables[index] for index in sorted(variables, key=_natural)]
-            elif isinstance(child, h5py.Group):
-                own = child["vars"].attrs.get("name", key) if of_layers and "vars" in child else key
-                # Keras' own container is no part of a layer's name.
-                inner = name if key == "layers" else f"{name}.{own}".removeprefix(".")
-                visit(child, inner, key == "layers")
+            if key != "vars":
+                visit(child, f"{place}/{key}".removeprefix("/"))
+            elif variables := _children(child, path):
+                found[place] = [variables[index] for index in sorted(variables, key=_natural)]
 
-    visit(file, "", False)
+    visit(file, "")
     if not found:
         raise CheckpointError(f"{path} holds no weights as Keras 3 writes them, in .keras or .weights.h5")
     return found

@@ -22,11 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from renormify import BatchRenorm1d, BatchRenorm2d, archives, cli, translation
+from renormify import BatchRenorm1d, BatchRenorm2d, cli, translation
 from renormify.checkpoints import load_checkpoint
 from renormify.cli import app
 from renormify.errors import (
-    CheckpointError,
     InputError,
     KeyMismatchError,
     MissingExtraError,
@@ -92,7 +91,11 @@ def keras_model():
 def keras_weights():
     statistics = ["moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev"]
     with h5py.File(DATA / "keras.weights.h5") as file:
-        return {"norm": keras(file["layers/batch_normalization"], ["gamma", "beta", *statistics], 1e-3)}
+        return {
+            "batch_normalization": keras(
+                file["layers/batch_normalization"], ["gamma", "beta", *statistics], 1e-3
+            )
+        }
 
 
 def state_dict(file, formula, *names):
@@ -120,6 +123,7 @@ FILES = {
 
 def recorded(file, layer):
     """What the real layer got and gave, channels in the second place."""
+    layer = "norm" if file == "keras.weights.h5" else layer  # of its own name the file does not tell
     with np.load(DATA / f"{FILES[file][0]}.npz") as seen:
         values = [seen[f"{layer}|input"], seen[f"{layer}|output"]]
     # The last of the Keras layers was built with axis=1; the others have channels last.
@@ -435,6 +439,15 @@ def cut(file):
     return lambda path: path.write_bytes((DATA / file).read_bytes()[:-4000])
 
 
+def flipped(path):
+    """One bit of one statistic: HDF5 has no checksum, the archive has."""
+    content = bytearray((DATA / "keras.keras").read_bytes())
+    with zipfile.ZipFile(DATA / "keras.keras") as archive, archive.open("model.weights.h5") as weights:
+        value = h5py.File(weights)["layers/batch_normalization/vars/3"][()].tobytes()
+    content[content.index(value)] ^= 1
+    path.write_bytes(content)
+
+
 def linked(path):
     shutil.copy(DATA / "keras.weights.h5", path)
     with h5py.File(path, "a") as file:
@@ -553,11 +566,12 @@ BAD = {
     "cut archive": (cut("sb3.zip"), "", 2, "damaged"),
     "cut weights": (cut("keras.weights.h5"), "", 2, "damaged or truncated"),
     "cut model": (cut("keras.keras"), "", 2, "damaged"),
+    "flipped bit": (flipped, "", 2, "damaged or truncated: BadZipFile"),
     "policy": (other_zip, "", 2, "policy.pth in a.pth is"),
     "bomb": (bomb, "", 2, "no weights are compressed so well"),
     "link": (linked, "", 2, "holds a link at /layers/batch_normalization/vars/3"),
     "kept outside": (kept_outside, "", 2, "in another file, which is not followed"),
-    "one of two": (with_variables(6), "", 2, "whether norm has gamma or beta"),
+    "one of two": (with_variables(6), "", 2, "whether batch_normalization has gamma or beta"),
     "no renorm": (with_variables(4), "", 1, "no BatchNormalization with renorm=True"),
     "epsilon": (with_variables(7, deviate), "", 2, "but with one near 0.01: give it as --eps"),
     "epsilon told": (copied("keras.keras"), "--eps 0.5", 2, "was built with epsilon=0.001, and not with 0.5"),
@@ -598,15 +612,6 @@ def test_an_unknown_peer_is_named_with_the_nearest():
 def test_a_pickle_of_others_is_refused_as_everywhere():
     with pytest.raises(UnsafeCheckpointError, match="whole pickled model"):
         import_checkpoint(DATA / "avalanche_whole.pth", "ludvb")
-
-
-def test_layers_kept_in_a_group_twice_are_damage(tmp_path):
-    path = tmp_path / "a.weights.h5"
-    shutil.copy(DATA / "keras.weights.h5", path)
-    with h5py.File(path, "a") as file:
-        file.copy(file["layers/batch_normalization"], file["layers"], "batch_normalization_1")
-    with pytest.raises(CheckpointError, match="two layers norm"):
-        archives.read_keras(path, None)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
