@@ -49,6 +49,17 @@ class Leftover(str, enum.Enum):
     conv = "conv"
 
 
+class Peer(str, enum.Enum):
+    """Whose layers a file holds."""
+
+    auto = "auto"
+    torchrl = "torchrl"
+    sb3 = "sb3"
+    avalanche = "avalanche"
+    ludvb = "ludvb"
+    keras = "keras"
+
+
 class _TerminatedError(BaseException):
     """SIGTERM came. Like an interrupt it passes through a user's factory, where a SystemExit is an error."""
 
@@ -400,6 +411,51 @@ def diagnose(
             data, batch_size, max_batches, shuffle, _numbers("--mean", mean), _numbers("--std", std)
         )
         session.finish(commands.diagnose_checkpoint(request, samples))
+
+
+@app.command(
+    name="import",
+    epilog="Examples:\n\n"
+    "renormify import crossq.zip -o policy.safetensors\n\n"
+    "renormify import net.pth --from torchrl --model my.models:build -o net.safetensors",
+)
+def import_(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            show_default=False,
+            help="A state dict, a .zip of Stable-Baselines3, a .keras or .weights.h5 file.",
+        ),
+    ],
+    output: Output,
+    peer: Annotated[
+        Peer, typer.Option("--from", help="Whose layers; auto: by the file's content.")
+    ] = Peer.auto,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="SOURCE",
+            show_default=False,
+            help="The model that is to load it, which gives each layer's eps and, for Keras, its name.",
+        ),
+    ] = None,
+    eps: Annotated[
+        float | None,
+        typer.Option("--eps", show_default=False, help="Of their layers, if not their package's default."),
+    ] = None,
+    force: Force = False,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Import the Batch Renorm layers of another package, so that they evaluate as there."""
+    with session_of(as_json, html, force=force) as session:
+        request = session.request(file, None, model, output=output)
+        from renormify import commands
+
+        document = commands.import_file(request, output, peer=peer.value, eps=eps, force=force)
+        session.finish(document)
 
 
 @app.command(epilog="Examples:\n\nrenormify demo\n\nrenormify demo -o /tmp/demo --json")

@@ -23,6 +23,7 @@ from renormify.checkpoints import (
 )
 from renormify.diagnosis import diagnose
 from renormify.errors import CheckpointError, InputError, NothingToConvertError
+from renormify.importers import AUTO, import_checkpoint
 from renormify.outputs import check_output, staged
 from renormify.proof import example_inputs, prove_unchanged, run
 from renormify.rewriting import Conversion, convert
@@ -42,6 +43,7 @@ __all__ = [
     "diagnose_checkpoint",
     "export_checkpoint",
     "fold_file",
+    "import_file",
     "inspect_checkpoint",
     "verify_file",
 ]
@@ -340,6 +342,48 @@ def _check_onnx(path: Path) -> None:
     if not path.is_file():
         near = sources.nearest(path.name, [file.name for file in path.parent.glob("*.onnx")])
         raise CheckpointError(f"no such file: {path}{near}")
+
+
+def import_file(
+    request: Request, output: Path, *, peer: str = AUTO, eps: float | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Imports the norm layers of another package, measures that they evaluate as there, and only then writes.
+
+    Returns:
+        The document; ``passed`` tells whether the file was written.
+
+    Raises:
+        RenormifyError: something given cannot be used, or the file holds no such layers.
+    """
+    assert request.checkpoint is not None
+    check_checkpoint_output(output, force=force, inputs=request.inputs)
+    model = None
+    if request.source is not None:
+        request.progress(f"Building {request.source}")
+        model = sources.build_model(request.source)
+    request.progress(f"Importing {request.checkpoint}")
+    imported = import_checkpoint(request.checkpoint, peer, model=model, eps=eps)
+    if model is not None and imported.complete:
+        load_weights(model, Checkpoint(imported.state_dict, path=request.checkpoint))
+    report = imported.report
+    document: dict[str, Any] = {
+        "command": "import",
+        "renormify": __version__,
+        "weights": str(request.checkpoint),
+        "imported": report.to_dict(),
+        "passed": report.passed,
+        "reason": report.reason,
+        "output": output if report.passed else None,
+    }
+    if request.source is not None:
+        document["model"] = request.source
+    if report.passed:
+        request.progress(f"Writing {output}")
+        metadata = {"version": __version__, "torch": torch.__version__, "imported": report.outline()}
+        if imported.complete and request.source is not None:  # what export and verify build it with
+            metadata["model"] = request.source
+        save_checkpoint(output, imported.state_dict, metadata, force=force, inputs=request.inputs)
+    return document
 
 
 def _read(request: Request) -> Checkpoint | None:

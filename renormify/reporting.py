@@ -73,6 +73,8 @@ def sections(document: Mapping[str, Any], *, full: bool = False) -> tuple[Sectio
         found.append(_subject(document))
     if document.get("checkpoint") is not None:
         found.append(_checkpoint(document["checkpoint"]))
+    if document.get("imported") is not None:
+        found += _imported(document["imported"])
     if document.get("report") is not None:
         found.append(_sites(document["report"], full))
     if document.get("proof") is not None:
@@ -142,6 +144,45 @@ def _subject(document: Mapping[str, Any]) -> Section:
 def _checkpoint(checkpoint: Mapping[str, Any]) -> Section:
     notes = [f"{key}: {_text(value)}" for key, value in checkpoint.get("metadata", {}).items()]
     return Section("Checkpoint", str(checkpoint.get("summary", "")), notes=tuple(notes))
+
+
+def _imported(imported: Mapping[str, Any]) -> list[Section]:
+    layers = imported["layers"]
+    largest = max((layer["tolerance_used"] or 0.0 for layer in layers), default=0.0)
+    summary = (
+        f"{len(layers)} layers of {imported['package']} evaluate as there, within {largest:.0%} of what "
+        "rounding explains"
+        if imported["passed"]
+        else f"layers do not evaluate as in {imported['package']}"
+    )
+    left_out = imported["left_out"]
+    notes = [f"kept as they are: {imported['kept']} other tensors"] if imported["kept"] else []
+    if left_out:
+        notes.append(f"left out: {', '.join(left_out[:_LONG])}{', ...' if len(left_out) > _LONG else ''}")
+    rows = _rows(
+        [layer | {"target": layer["target"] or "(the model itself)"} for layer in layers],
+        ("target", "channels", "eps", "count", "difference", "tolerance_used"),
+    )
+    mends = [
+        mend | {"effect": None if mend["effect"] is None else f"{mend['effect']:.3g}: {mend['measure']}"}
+        for mend in imported["mended"]
+    ]
+    return [
+        Section(
+            "Import",
+            summary,
+            bool(imported["passed"]),
+            headers=("layer", "channels", "eps", "steps", "difference", "of tolerance"),
+            rows=rows,
+            notes=(*notes, *imported["notes"]),
+        ),
+        Section(
+            "Mended",
+            f"what is otherwise now than in {imported['package']}",
+            headers=("in", "there", "here", "largest effect", "layers"),
+            rows=_rows(mends, ("where", "fault", "now", "effect", "layers")),
+        ),
+    ]
 
 
 def _sites(report: Mapping[str, Any], full: bool) -> Section:
