@@ -41,6 +41,7 @@ def test_every_command_is_of_a_kind_that_is_tested() -> None:
 def test_renormify_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(WEIGHTS, "mobilenet_v2.pth")
+    shutil.copy(Path(__file__).parent / "data" / "importers" / "sb3.zip", "crossq.zip")
     commands = _commands("renormify")
     assert [words[1] for words in commands] == [
         "inspect",
@@ -49,6 +50,7 @@ def test_renormify_commands_run_in_their_order(tmp_path: Path, monkeypatch: pyte
         "verify",
         "export",
         "fold",
+        "import",
     ]
     for words in commands:
         result = CliRunner().invoke(app, words[1:])
@@ -59,6 +61,8 @@ def test_renormify_commands_run_in_their_order(tmp_path: Path, monkeypatch: pyte
         "mobilenet_v2.onnx",
         "unfolded.onnx",
         "folded.onnx",
+        "crossq.zip",
+        "policy.safetensors",
     }
 
 
