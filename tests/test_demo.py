@@ -1,11 +1,10 @@
-"""The demonstration and the example, shortened."""
+"""The demonstration, shortened."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,6 @@ from renormify import demo
 from renormify.checkpoints import load_checkpoint
 from renormify.cli import app
 from renormify.errors import MissingExtraError, OutputError
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_demo_goes_the_whole_road(tmp_path: Path) -> None:
@@ -120,20 +117,3 @@ def test_demo_names_the_extra_before_it_starts(
     with pytest.raises(MissingExtraError, match=r"pip install 'renormify\[(demo|report)\]'"):
         demo.run(tmp_path / "out", Console(file=io.StringIO()), steps=4)
     assert not (tmp_path / "out").exists()
-
-
-def test_example_runs_and_is_short(tmp_path: Path) -> None:
-    example = ROOT / "examples" / "01_finetune.py"
-    assert len(example.read_text().splitlines()) < 80
-    result = subprocess.run(
-        [sys.executable, example, "--steps", "2", "--output", tmp_path / "digits.onnx"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "49 sites converted, 0 skipped" in result.stdout
-    assert "largest difference at step 0: 0.0, identical: True" in result.stdout
-    assert "parity passed" in result.stdout
-    assert [file.name for file in tmp_path.iterdir()] == ["digits.onnx"]
