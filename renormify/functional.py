@@ -157,6 +157,8 @@ def _host_serves(input: Tensor, running: _Statistics) -> bool:
     """Whether looking at a number costs nothing, and the statistics are as the kernels compute them."""
     return (
         input.is_cpu
+        and torch._C._len_torch_dispatch_stack() == 0  # else something records, or there are no numbers
+        and not torch._C._get_tracing_state()
         and running.momentum is not None
         and running.mean.dtype == running.var.dtype == torch.promote_types(input.dtype, torch.float32)
         and not isinstance(running.r_max, Tensor)
@@ -188,9 +190,11 @@ def _step_on_host(input: Tensor, running: _Statistics) -> Record:
     if alpha != 0 and m > 1:  # the spread of a single value says nothing
         if running.stat == "var":
             running.var.lerp_(var * (m / (m - 1)), alpha)
-        else:
+        elif alpha <= 0.5:
             step = sigma_b - sigma
             running.var.addcmul_(step, sigma.add_(step, alpha=alpha / 2), value=2 * alpha).clamp_(min=0)
+        else:
+            running.var.copy_(_moved_variance(running.var, var, sigma, sigma_b, alpha))
     return Record(mean, var, sigma_b.reciprocal_(), r, d, m)
 
 
@@ -198,11 +202,7 @@ def _step_on_host(input: Tensor, running: _Statistics) -> Record:
 def _step(
     input: Tensor, running: _Statistics, native: bool, mask: Tensor | None, group: ProcessGroup | None
 ) -> Record:
-    """Computes r and d of a batch, then moves the running statistics in place; nothing waits for a device.
-
-    For the sigma-average, (sigma + step)^2 - eps is written as running_var + step * (2 sigma + step): the
-    same number, without losing the digits of a running_var far below eps.
-    """
+    """Computes r and d of a batch, then moves the running statistics in place; nothing waits for a device."""
     mean, var, m = batch_statistics(input, native, mask)
     if group is not None:
         mean, var, m = join_statistics(mean, var, m, group)
@@ -230,13 +230,27 @@ def _step(
     if isinstance(alpha, Tensor) or alpha != 0:  # else not a bit is to be changed
         alone = not isinstance(m, Tensor) and m == 1  # then neither average is kept, and one would fail
         if running.stat == "sigma" or alone:
-            step = (sigma_b - sigma) * alpha
-            moved = (old + step * (2 * sigma + step)).clamp(min=0)
+            moved = _moved_variance(old, var, sigma, sigma_b, alpha)
         else:
             moved = old.lerp(var * (m / (m - 1)), alpha)
         running.mean.copy_(torch.where(learns, mu.lerp(mean, alpha), mu))
         running.var.copy_(torch.where(learns & (m > 1), moved, old))
     return Record(mean, var, (var + eps).rsqrt(), r, d, m)
+
+
+def _moved_variance(
+    old: Tensor, var: Tensor, sigma: Tensor, sigma_b: Tensor, alpha: float | Tensor
+) -> Tensor:
+    """The square of the averaged sigma, less eps, without losing the digits of a variance far below eps.
+
+    (sigma + step)^2 - eps is old + step * (2 sigma + step), and likewise from the batch's side; the nearer of
+    the two is taken, since the difference of what is far apart has no digits left.
+    """
+    forth, back = (sigma_b - sigma) * alpha, (sigma - sigma_b) * (1 - alpha)
+    from_old, from_batch = old + forth * (2 * sigma + forth), var + back * (2 * sigma_b + back)
+    if isinstance(alpha, Tensor):
+        return torch.where(alpha > 0.5, from_batch, from_old).clamp(min=0)
+    return (from_batch if alpha > 0.5 else from_old).clamp(min=0)
 
 
 def _group_to_join(process_group: ProcessGroup) -> ProcessGroup | None:

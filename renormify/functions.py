@@ -105,21 +105,38 @@ class CallHolder(nn.Module):
             call.d_max = value
 
 
+class CallGraphModule(CallHolder, fx.GraphModule):
+    """A GraphModule with such calls of its own."""
+
+    def __reduce__(self) -> Any:
+        return _loaded, tuple(super().__reduce__()[:2])
+
+
+def _loaded(build: Any, arguments: tuple[Any, ...]) -> nn.Module:
+    module: nn.Module = build(*arguments)
+    _share_limits(module)
+    return module
+
+
 def _share_limits(owner: nn.Module) -> None:
     if type(owner) is nn.Module:
         owner.__class__ = CallHolder
-    elif isinstance(owner, fx.GraphModule):  # each has a class of its own
-        kind: Any = type(owner)
-        kind.r_max, kind.d_max = CallHolder.r_max, CallHolder.d_max
+    elif isinstance(owner, fx.GraphModule) and not isinstance(owner, CallHolder):
+        _set_graph_class(owner, CallGraphModule)
 
 
 def _keep_limits(owner: nn.Module) -> None:
     """Undoes :func:`_share_limits`."""
-    if isinstance(owner, CallHolder):
+    if isinstance(owner, CallGraphModule):
+        _set_graph_class(owner, fx.GraphModule)
+    elif isinstance(owner, CallHolder):
         owner.__class__ = nn.Module  # type: ignore[assignment]
-    elif "r_max" in vars(type(owner)):
-        kind: Any = type(owner)
-        del kind.r_max, kind.d_max
+
+
+def _set_graph_class(module: fx.GraphModule, kind: type[fx.GraphModule]) -> None:
+    """Gives a GraphModule a class of its own, as each has one, that derives from ``kind``."""
+    module.__class__ = type(kind.__new__(kind))
+    module.recompile()
 
 
 def convert_graph(module: fx.GraphModule, sites: Iterable[Site], path: str, settings: Settings) -> None:

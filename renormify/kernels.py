@@ -123,8 +123,8 @@ def _statistics_by_rows(input: Tensor) -> tuple[Tensor, Tensor]:
     count = input.numel() // channels
     mean = rows.sum(3).sum((0, 2)).div_(count)
     samples = max(1, _CACHED // rows[0].numel())
-    buffer = torch.empty((min(samples, n), *rows.shape[1:]), dtype=input.dtype)
-    norms = torch.empty(rows.shape[:3], dtype=input.dtype)
+    buffer = torch.empty((min(samples, n), *rows.shape[1:]), dtype=input.dtype, device=input.device)
+    norms = torch.empty(rows.shape[:3], dtype=input.dtype, device=input.device)
     for start in range(0, n, samples):
         part = rows[start : start + samples]
         centred = torch.sub(part, mean.view(-1, 1, 1), out=buffer[: len(part)])

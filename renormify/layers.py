@@ -203,7 +203,8 @@ class Renormalised(Limited):
 
     def train(self, mode: bool = True) -> Renormalised:
         """Sets the mode; on leaving training, warns of rejected batches: here the host may look."""
-        if self.training and not mode and not self._rejected.is_meta and int(self._rejected) > 0:
+        readable = type(self._rejected) is Tensor and not self._rejected.is_meta  # a fake tensor has no value
+        if self.training and not mode and readable and int(self._rejected) > 0:
             self._warn_once(
                 "rejected",
                 f"{type(self).__name__} saw inf or NaN in {int(self._rejected)} batches; "

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+
+from renormify.calls import norm_calls
+from renormify.graphs import problem_of
 
 __all__ = ["is_program_module", "make_trainable"]
 
@@ -48,11 +51,13 @@ def make_trainable(module: fx.GraphModule) -> tuple[str, ...]:
     for name in ("train", "eval"):
         del vars(module)[name]
     module.train(module.training)  # one mode for all its modules
-    for node in list(module.graph.nodes):
-        if node.op == "call_function":
-            _restore_dropout(module, node)
-    module.recompile()
-    return tuple(_what_is_lost(module.graph))
+    graphs = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+    for part in graphs:  # a block under no_grad has a graph of its own
+        for node in list(part.graph.nodes):
+            if node.op == "call_function":
+                _restore_dropout(part, node)
+        part.recompile()
+    return tuple(dict.fromkeys(chain.from_iterable(map(_what_is_lost, graphs))))
 
 
 def _restore_dropout(module: fx.GraphModule, node: fx.Node) -> None:
@@ -76,7 +81,11 @@ def _restore_dropout(module: fx.GraphModule, node: fx.Node) -> None:
         module.graph.erase_node(node)
 
 
-def _what_is_lost(graph: fx.Graph) -> Iterator[str]:
+def _what_is_lost(module: fx.GraphModule) -> Iterator[str]:
+    graph = module.graph
+    served = [call for call in norm_calls(graph) if problem_of(call) is None]
+    if any(call.arguments["running_mean"].op == "placeholder" for call in served):
+        yield "norms in a block of the program (no_grad, cond) bear its name, and count batches as recorded"
     operators = [node.target for node in graph.nodes if node.op == "call_function"]
     names = sorted({str(target).removeprefix("aten.").partition(".")[0] for target in operators})
     random = [name for name in names if name.rstrip("_").startswith(_RANDOM)]

@@ -93,7 +93,7 @@ def _segments_on_the_stack() -> tuple[list[Any], Any]:
     autograd Function (reentrant), or its ``_CheckpointFrame``, which its hooks hold.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    held = None if hooks is None else inspect.getclosurevars(hooks[0]).nonlocals.get("frame")
+    held = None if hooks is None else _frame_of(hooks[0])
     running: list[Any] = [] if held is None else [held]
     caller: FrameType | None = sys._getframe(1)
     while caller is not None:
@@ -109,6 +109,13 @@ def _segments_on_the_stack() -> tuple[list[Any], Any]:
             return running, caller.f_locals["frame"]
         caller = caller.f_back
     return running, None
+
+
+def _frame_of(hook: Any) -> Any:
+    """What a hook of checkpoint holds as its ``frame``; None for any other."""
+    if getattr(getattr(hook, "__code__", None), "co_filename", None) != checkpoint.__file__:
+        return None
+    return inspect.getclosurevars(hook).nonlocals.get("frame")
 
 
 @contextmanager

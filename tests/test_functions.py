@@ -916,7 +916,15 @@ def test_state_at_the_root_of_a_graph() -> None:
     conversion = convert(model)
     assert conversion.report.converted == ("",)
     conversion.model.r_max = 2.0
-    assert conversion.model.batch_renorm.r_max == conversion.model.r_max == 2.0
+    buffer = io.BytesIO()
+    torch.save(conversion.model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for same in (conversion.model, copy.deepcopy(conversion.model), loaded):
+        assert same.batch_renorm.r_max == same.r_max == 2.0
+        same.r_max = 1.5
+        assert same.batch_renorm.r_max == 1.5
+    assert not hasattr(revert(conversion.model), "r_max")
     assert_batch_norm_at_the_limit(model, image())
     assert_same_state(revert(conversion.model), model)
 

@@ -274,3 +274,24 @@ def test_call_whose_batch_statistics_are_used_is_left() -> None:
     assert [site.reason for site in report.sites if site.action == "skipped"] == [
         "the statistics of the batch that it returns are used"
     ]
+
+
+def test_block_without_gradient_follows_the_mode() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.drop, self.second = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.drop(self.first(x))
+            return self.second(x)  # type: ignore[no-any-return]
+
+    original = Block()
+    conversion = convert(_exported(original, True, torch.randn(5, 4)))
+    assert len(conversion.report.converted) == 2
+    assert any("block of the program" in note for note in conversion.report.notes)
+    model, x = conversion.model.eval(), torch.randn(5, 4)
+    assert torch.equal(model(x), model(x))
+    assert torch.equal(model(x), original.eval()(x))
+    assert not torch.equal(model.train()(x), model(x))

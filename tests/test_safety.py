@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 from collections.abc import Callable
@@ -12,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from renormify import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SyncBatchRenorm, renormify
 from renormify.errors import RenormifyWarning
+from renormify.functional import batch_renorm
 
 LAYERS = [BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SyncBatchRenorm]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -384,3 +387,48 @@ def test_traced_by_fx_and_compiled_after() -> None:
     outputs = [each(x) for each in (model, traced, compiled)]
     assert torch.equal(outputs[1], outputs[0])
     torch.testing.assert_close(outputs[2], outputs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("hook", [functools.partial(lambda _, tensor: tensor, 1), torch.clone])
+def test_hooks_on_saved_tensors_may_be_any_callable(hook: Any) -> None:
+    layer, x = BatchRenorm1d(3), torch.randn(8, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(hook, lambda tensor: tensor):
+        layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_make_fx_records_a_training_step() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def step(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return batch_renorm(x, mean, var, training=True)
+
+    x = torch.randn(8, 3)
+    recorded = make_fx(step)(x, torch.zeros(3), torch.ones(3))
+    torch.testing.assert_close(
+        recorded(x, torch.zeros(3), torch.ones(3)), step(x, torch.zeros(3), torch.ones(3))
+    )
+
+
+def test_fake_tensors_train_and_evaluate() -> None:
+    with FakeTensorMode():
+        layer = BatchRenorm1d(3)
+        layer(torch.randn(8, 3)).sum().backward()
+        assert layer.eval()(torch.randn(8, 3)).shape == (8, 3)
+
+
+def test_default_device_does_not_matter_to_a_large_input() -> None:
+    x, mean, var = torch.randn(32, 64, 16, 16), torch.zeros(64), torch.ones(64)
+    with torch.device("meta"):
+        output = batch_renorm(x, mean, var, training=True)
+    assert output.device.type == "cpu"
+
+
+@pytest.mark.parametrize("momentum", [1.0, None])
+@pytest.mark.parametrize("old", [1e6, 1.0, 1e-9])
+def test_first_batch_replaces_the_statistics_to_the_last_digits(momentum: float | None, old: float) -> None:
+    layer = BatchRenorm1d(3, momentum=momentum)
+    layer.running_var.fill_(old)
+    x = 1e-2 * torch.randn(16, 3)
+    layer(x)
+    torch.testing.assert_close(layer.running_var, x.var(0, correction=0), rtol=1e-5, atol=0)
