@@ -13,7 +13,7 @@ define environment
 	$(PYTHON) -m venv --clear $(VENV); }
 endef
 
-.PHONY: demo test bench zoo clean stale
+.PHONY: demo test bench bench-checkpoint fuzz zoo clean stale
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/renormify demo --output demo-output
@@ -27,6 +27,14 @@ test: $(VENV)/.dev-installed
 
 bench: $(VENV)/.bench-installed
 	$(BIN)/python tests/bench/bench_layers.py
+
+GIGABYTES ?= 4
+bench-checkpoint: $(VENV)/.dev-installed
+	$(BIN)/python tests/bench/bench_checkpoint.py --gigabytes $(GIGABYTES)
+
+FILES ?= 20000
+fuzz: $(VENV)/.dev-installed
+	$(BIN)/python tests/fuzzing.py $(FILES)
 
 # Long, and resumable: what was judged already, with the same code, is not judged again.
 zoo: $(VENV)/.dev-installed

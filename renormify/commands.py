@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from renormify.checkpoints import Checkpoint, check_checkpoint_output, save_chec
 from renormify.errors import CheckpointError, InputError, NothingToConvertError
 from renormify.exported import export_again, save_program
 from renormify.fitting import tied_to
+from renormify.formats import Span
 from renormify.outputs import check_output, staged
 from renormify.proof import prove_unchanged, run
 from renormify.rewriting import Conversion, convert
@@ -127,19 +128,36 @@ def _write(
         )
         return
     state: Mapping[str, Any] = conversion.model.state_dict()
-    read = None
+    source = None
     if structure_only:
         assert subject.checkpoint is not None
-        state, read = _stored_state(subject.model, subject.checkpoint, state)
+        state, source = _stored_state(subject.model, subject.checkpoint, state)
     else:
         state = _in_the_dtypes_of(subject.checkpoint, state)
-    save_checkpoint(output, state, metadata, force=force, inputs=inputs, read=read, progress=request.progress)
+    save_checkpoint(
+        output, state, metadata, force=force, inputs=inputs, source=source, progress=request.progress
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The tensors of a checkpoint under the keys of a model, which may have several for one."""
+
+    checkpoint: Checkpoint
+    places: Mapping[str, str | None]
+
+    def read(self, key: str) -> Tensor:
+        return self.checkpoint.read(str(self.places[key]))
+
+    def span(self, key: str) -> Span | None:
+        place = self.places[key]
+        return None if place is None else self.checkpoint.span(place)
 
 
 def _stored_state(
     model: nn.Module, checkpoint: Checkpoint, state: Mapping[str, Any]
-) -> tuple[Mapping[str, Any], Callable[[str], Tensor]]:
-    """The tensors of the file under the keys of the converted model, and how to read each of them."""
+) -> tuple[Mapping[str, Any], _Stored]:
+    """The tensors of the file under the keys of the converted model, and where to read them."""
     tied = tied_to(model)
     places = {
         key: next((name for name in (key, *tied.get(key, ())) if name in checkpoint), None) for key in state
@@ -149,7 +167,7 @@ def _stored_state(
         for (key, value), place in zip(state.items(), places.values(), strict=True)
     )
     found._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
-    return found, lambda key: checkpoint.read(str(places[key]))
+    return found, _Stored(checkpoint, places)
 
 
 def _too_large(checkpoint: Checkpoint) -> str | None:

@@ -6,9 +6,9 @@ import codecs
 import json
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ __all__ = [
     "SAFETENSORS",
     "TORCH",
     "Contents",
+    "Span",
+    "find_spans",
     "locate",
     "parse_ours",
     "read_safetensors",
@@ -64,6 +66,14 @@ _IN_FOLDERS = (
 )
 
 
+class Span(NamedTuple):
+    """Which bytes of a file are a tensor's values, in its order and dtype."""
+
+    file: Path
+    start: int
+    length: int
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a reader found.
@@ -73,12 +83,14 @@ class Contents:
         ours: what renormify wrote of the checkpoint, or nothing; not checked.
         read: reads one tensor by its key, so that no more than one need be in memory.
         files: every file that is read.
+        spans: where the values of tensors lie that a file holds as they are.
     """
 
     tensors: Mapping[str, Any]
     ours: Any
     files: tuple[Path, ...]
     read: Callable[[str], Tensor] | None = None
+    spans: Mapping[str, Span] = field(default_factory=dict)
 
 
 def locate(path: Path) -> Path:
@@ -183,6 +195,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             f"{path} is a damaged or truncated safetensors file: {one_line(error)}"
         ) from error
     return tensors, parse_ours(metadata.get(OUR_KEY, "{}"))
+
+
+def find_spans(path: Path) -> dict[str, Span]:
+    """Where the values lie in a safetensors file that was found sound."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            key: Span(
+                path,
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for key, entry in header.items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is a damaged or truncated safetensors file: {one_line(error)}"
+        ) from error
 
 
 def parse_ours(text: str) -> Any:

@@ -21,6 +21,8 @@ from renormify.formats import (
     PROGRAM,
     SAFETENSORS,
     Contents,
+    Span,
+    find_spans,
     locate,
     read_safetensors,
     read_torch,
@@ -41,6 +43,7 @@ class Checkpoint(dict[str, Tensor]):
         metadata: what :func:`save_checkpoint` wrote beside the tensors; empty for a file of another origin.
         reader: reads a tensor of which only dtype and shape are here (on the meta device), by its stored key.
         stored: the stored key of each such tensor.
+        spans: where in a file the values of a tensor lie as they are, by its stored key.
         files: every file that was read.
         notes: what the user should know of how it was read, a sentence each.
     """
@@ -53,6 +56,7 @@ class Checkpoint(dict[str, Tensor]):
         metadata: Mapping[str, Any] | None = None,
         reader: Callable[[str], Tensor] | None = None,
         stored: Mapping[str, str] | None = None,
+        spans: Mapping[str, Span] | None = None,
         files: tuple[Path, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> None:
@@ -62,6 +66,7 @@ class Checkpoint(dict[str, Tensor]):
         self.files = files or (path,)
         self.notes = notes
         self._reader = reader
+        self._spans = dict(spans or {})
         self._stored = dict(stored or {})
         # torch's own record of each module's version, by which load_state_dict() knows old checkpoints.
         self._metadata: Any = getattr(tensors, "_metadata", None)
@@ -84,6 +89,10 @@ class Checkpoint(dict[str, Tensor]):
         if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
             raise CheckpointError(f"{self.path} is damaged at {key[:80]!r}: not the tensor that it announced")
         return tensor
+
+    def span(self, key: str) -> Span | None:
+        """Which bytes of a file are the tensor's, where they are there as they are in memory."""
+        return self._spans.get(self._stored.get(key, key))
 
     def without_values(self) -> Checkpoint:
         """The same with dtypes and shapes alone, so that what is mapped of the file can be let go."""
@@ -108,7 +117,8 @@ class Checkpoint(dict[str, Tensor]):
             path=self.path,
             metadata=self.metadata,
             reader=self._reader,
-            stored={rename(key): self._stored.get(key, key) for key in kept} if self.streamed else None,
+            stored={rename(key): self._stored.get(key, key) for key in kept},
+            spans=self._spans,
             files=self.files,
             notes=self.notes,
         )
@@ -155,7 +165,14 @@ def load_checkpoint(
     if reader is not None and not stream:
         tensors, reader = {name: reader(stored[name]) for name in tensors}, None
     checkpoint = Checkpoint(
-        tensors, path=path, metadata=ours, reader=reader, stored=stored, files=contents.files, notes=notes
+        tensors,
+        path=path,
+        metadata=ours,
+        reader=reader,
+        stored=stored,
+        spans=contents.spans,
+        files=contents.files,
+        notes=notes,
     )
     return _take_prefix(checkpoint, prefix) if prefix else checkpoint
 
@@ -165,7 +182,7 @@ def _contents(path: Path, kind: str, trust_pickle: bool) -> Contents:
         tensors, ours = read_safetensors(path)
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors")
-        return Contents(tensors, ours, (path,))
+        return Contents(tensors, ours, (path,), spans=find_spans(path))
     if kind == INDEX:
         return read_index(path, trust_pickle=trust_pickle)
     if kind == DISTRIBUTED:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from renormify.errors import CheckpointError, one_line
-from renormify.formats import DTYPES, SAFETENSORS, Contents, read_torch, recognise
+from renormify.formats import DTYPES, SAFETENSORS, Contents, find_spans, read_torch, recognise
 from renormify.sources import nearest
 
 __all__ = ["read_index"]
@@ -34,7 +34,10 @@ def read_index(path: Path, *, trust_pickle: bool = False) -> Contents:
     files = (path, *shards.values())
     if set(kinds.values()) == {SAFETENSORS}:
         reader = _ShardReader(places, shards)
-        return Contents(reader.placeholders(path), {}, files, reader)
+        placeholders = reader.placeholders(path)
+        spans = {name: find_spans(shard) for name, shard in shards.items()}
+        held = {key: spans[name][key] for key, name in places.items()}
+        return Contents(placeholders, {}, files, reader, held)
     tensors: dict[str, Any] = {}
     for name, shard in shards.items():
         held = read_torch(shard, trust_pickle=trust_pickle)

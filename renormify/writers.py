@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,14 +12,24 @@ import torch
 from torch import Tensor
 
 from renormify.errors import OutputError, RenormifyError, one_line
-from renormify.formats import DTYPES, OUR_KEY, SAFETENSORS, TORCH
+from renormify.formats import DTYPES, OUR_KEY, SAFETENSORS, TORCH, Span
 from renormify.outputs import check_output, staged
 
-__all__ = ["Progress", "check_checkpoint_output", "save_checkpoint", "silent"]
+__all__ = ["Progress", "Source", "check_checkpoint_output", "save_checkpoint", "silent"]
 
 _SUFFIXES = {".safetensors": SAFETENSORS, ".pt": TORCH, ".pth": TORCH}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 2**24  # bytes written at once
+
+
+class Source(Protocol):
+    """Where tensors are that are not in memory."""
+
+    def read(self, key: str) -> Tensor:
+        """One tensor."""
+
+    def span(self, key: str) -> Span | None:
+        """The bytes of a file that are its values, where there are such."""
 
 
 class Progress(Protocol):
@@ -40,7 +50,7 @@ def save_checkpoint(
     *,
     force: bool = False,
     inputs: Iterable[str | os.PathLike[str]] = (),
-    read: Callable[[str], Tensor] | None = None,
+    source: Source | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Writes a state dict: all of it or, upon any failure or interrupt, nothing.
@@ -52,8 +62,8 @@ def save_checkpoint(
             safetensors file under the key ``renormify``, and beside ``state_dict`` in the others.
         force: whether an existing file may be replaced.
         inputs: files that must not be replaced, not even with ``force``.
-        read: gives the tensor of a key whose entry in ``state_dict`` is on the meta device. Into safetensors
-            they are written one at a time; a ``.pt`` file needs them all in memory.
+        source: reads the tensor of a key whose entry in ``state_dict`` is on the meta device. Into
+            safetensors they are written one at a time; a ``.pt`` file needs them all in memory.
         progress: is told how many bytes are written.
 
     Raises:
@@ -66,10 +76,10 @@ def save_checkpoint(
         try:
             if kind == SAFETENSORS:
                 header = {"format": "pt"} | ({OUR_KEY: document} if metadata else {})
-                _write_safetensors(target, _checked(state_dict, path), header, read, progress, path)
+                _write_safetensors(target, _checked(state_dict, path), header, source, progress, path)
             else:
-                whole = {key: _read(key, value, read) for key, value in state_dict.items()}
-                state: Any = state_dict if read is None else whole
+                whole = {key: _read(key, value, source) for key, value in state_dict.items()}
+                state: Any = state_dict if source is None else whole
                 torch.save(
                     {"state_dict": state} | ({OUR_KEY: json.loads(document)} if metadata else {}), target
                 )
@@ -114,7 +124,7 @@ def _write_safetensors(
     target: Path,
     tensors: dict[str, Tensor],
     metadata: Mapping[str, str],
-    read: Callable[[str], Tensor] | None,
+    source: Source | None,
     progress: Progress,
     path: Path,
 ) -> None:
@@ -136,12 +146,37 @@ def _write_safetensors(
     with target.open("wb", buffering=0) as file:
         _write_all(file, memoryview(len(start).to_bytes(8, "little") + start))
         for key in keys:
-            # A tensor that is let go after its turn takes what it maps of its file with it.
-            tensor = _read(key, tensors.pop(key), read)
-            data = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-            for first in range(0, len(data), _PIECE):
-                done += _write_all(file, data[first : first + _PIECE])
+            start, stop = header[key]["data_offsets"]
+            span = None if source is None else source.span(key)
+            if span is not None and span.length == stop - start and hasattr(os, "sendfile"):
+                sizes = _send(file, span)
+            else:
+                # A tensor that is let go after its turn takes what it maps of its file with it.
+                sizes = _write(file, _read(key, tensors.pop(key), source))
+            for size in sizes:
+                done += size
                 progress(f"Writing {path}", done, total)
+
+
+def _send(file: Any, span: Span) -> Iterator[int]:
+    """Copies bytes from file to file, as the system does it fastest."""
+    with span.file.open("rb") as source:
+        sent = 0
+        while sent < span.length:
+            count = os.sendfile(
+                file.fileno(), source.fileno(), span.start + sent, min(_PIECE, span.length - sent)
+            )
+            if count == 0:
+                raise OSError(f"{span.file} became shorter while it was read")
+            sent += count
+            yield count
+
+
+def _write(file: Any, tensor: Tensor) -> Iterator[int]:
+    values = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    data = values.view(torch.uint8).numpy().data
+    for first in range(0, len(data), _PIECE):
+        yield _write_all(file, data[first : first + _PIECE])
 
 
 def _write_all(file: Any, data: memoryview) -> int:
@@ -151,5 +186,5 @@ def _write_all(file: Any, data: memoryview) -> int:
     return written
 
 
-def _read(key: str, value: Any, read: Callable[[str], Tensor] | None) -> Any:
-    return read(key) if read is not None and isinstance(value, Tensor) and value.is_meta else value
+def _read(key: str, value: Any, source: Source | None) -> Any:
+    return source.read(key) if source is not None and isinstance(value, Tensor) and value.is_meta else value
