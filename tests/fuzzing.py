@@ -53,7 +53,7 @@ def seeds() -> list[bytes]:
 
 
 def mutate(content: bytes, draws: random.Random) -> bytes:
-    """A damaged or malicious variant: bytes, blocks and numbers changed, most of them where the structure is."""
+    """A damaged variant: bytes, blocks and numbers changed, most of them where the structure is."""
     data = bytearray(content)
     for _ in range(draws.choice((1, 1, 2, 4, 16))):
         kind = draws.randrange(7)

@@ -263,7 +263,7 @@ def test_help_has_examples_and_costs_no_torch():
         "heavy = {{'torch', 'numpy', 'onnx', 'onnxruntime', 'safetensors', 'torchvision', 'timm'}}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    for command in ("inspect", "convert", "export", "verify", "demo"):
+    for command in ("inspect", "convert", "export", "verify", "demo", "doctor", "report"):
         result = subprocess.run(
             [sys.executable, "-c", code.format(command)],
             capture_output=True,
