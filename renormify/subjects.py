@@ -90,11 +90,13 @@ class Subject:
     program: ExportedProgram | None = None
 
     def args(self) -> tuple[Tensor, ...]:
-        """Random inputs of those shapes, in the model's dtype.
+        """Random inputs of those shapes, in the model's dtype; of a program, its example.
 
         Raises:
             InputError: no shape is known.
         """
+        if self.example is not None:
+            return self.example[0]
         if self.shapes is None:
             raise InputError(
                 f"{self.source} does not tell its input's shape: give it, as --input-shape 1,3,224,224"
@@ -156,7 +158,7 @@ def load_subject(
     source = _source(request, checkpoint)
     kwargs, config = _recorded_arguments(request, source, metadata)
     request.progress(f"Building {source}")
-    if request.source is None and checkpoint is not None:
+    if request.source is None and checkpoint is not None and (kwargs or config):
         # What a file says of a model must be what it holds, before memory is given to it.
         check_weights(*_fitted(_build_without_memory(source, kwargs, config), checkpoint))
     if structure_only:

@@ -96,6 +96,22 @@ def test_twenty_kills_leave_whole_files_only(folder):
         if not found[-1]:
             assert all(torch.equal(held[key], state[key]) for key in state)
     assert any(found), "no kill came in time"
+    # What the killed ones left is cleared away by the next.
+    assert forked_conversion(output, None)[0] == 0
+    assert sorted(os.listdir()) == ["in.pth", "mine_for_kills.py", "out.safetensors"]
+
+
+def test_the_staging_folder_of_another_that_lives_is_left_alone(tmp_path):
+    from renormify.outputs import staged
+
+    with staged(tmp_path / "a") as first:
+        first.write_text("first")
+        with staged(tmp_path / "a") as second:
+            second.write_text("second")
+        assert first.read_text() == "first"
+        (tmp_path / "a").unlink()
+    assert (tmp_path / "a").read_text() == "first"
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_disk_that_is_full_is_one_line(folder):
