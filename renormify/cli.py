@@ -366,11 +366,7 @@ def doctor(quiet: Quiet = False, as_json: Json = False) -> None:
         session.finish(doctoring.examine())
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "renormify report result.json\n\n"
-    "renormify convert net.pth --model timm:resnet18 -o r.pt --json | renormify report - -o page.html"
-)
+@app.command(epilog="Examples:\n\nrenormify report result.json\n\nrenormify report result.json -o page.html")
 def report(
     result: Annotated[
         Path,
