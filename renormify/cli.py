@@ -16,8 +16,9 @@ import typer
 from typer.core import TyperGroup
 
 from renormify import __version__
-from renormify.errors import ProofError, RenormifyError, one_line
+from renormify.errors import InputError, ProofError, RenormifyError, one_line
 from renormify.options import (
+    CHECKPOINT_SUFFIXES,
     BatchSizes,
     Checkpoint,
     DMax,
@@ -213,7 +214,9 @@ def convert(
     A folder is converted file by file into the folder OUT; what was converted before is not done again.
     """
     source = checkpoint or weights
-    if source is not None and source.is_dir() and not output.suffix:
+    if source is not None and source.is_dir() and output.suffix.lower() not in CHECKPOINT_SUFFIXES:
+        if html is not None:
+            raise InputError("--html is for one file; of a folder give --json, and that to renormify report")
         numbers = ("--r-max", str(r_max), "--d-max", str(d_max), "--momentum", momentum, "--stat", stat.value)
         patterns = [f"--include={text}" for text in include or ()] + [f"--exclude={t}" for t in exclude or ()]
         shapes = [f"--input-shape={text}" for text in input_shape or ()]

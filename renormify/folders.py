@@ -20,7 +20,7 @@ from renormify.errors import InputError, RenormifyError
 
 __all__ = ["Outcome", "convert_folder"]
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt2")
 _INDEX = ".index.json"
 
 

@@ -114,7 +114,8 @@ def locate(path: Path) -> Path:
         return indexes[0]
     raise CheckpointError(
         f"{path} is a folder without {_IN_FOLDERS[1]}, an index of shards or the .metadata of "
-        "torch.distributed.checkpoint; expected a checkpoint file"
+        "torch.distributed.checkpoint; expected a checkpoint file (to convert each file in it, give -o a "
+        "folder)"
     )
 
 

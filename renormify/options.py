@@ -11,6 +11,8 @@ import typer
 
 from renormify.errors import InputError, one_line
 
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2")
+
 
 class Stat(str, enum.Enum):
     """Which statistic is averaged."""
@@ -50,7 +52,9 @@ Shape = Annotated[
         help="Shape of the example input; once for each input. Default: what the checkpoint or the zoo says.",
     ),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", show_default=False)]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", show_default=False, help="Its suffix is the format.")
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace an existing output. An input is never replaced.")
 ]

@@ -115,6 +115,8 @@ def test_a_process_that_is_killed_is_one_failed_file(folder):
 def test_an_empty_folder_is_an_error(folder):
     Path("in").mkdir()
     assert "has no checkpoint in it" in invoke("convert", "in", *NET, "-o", "out", code=2).stderr
+    assert "give -o a folder" in invoke("convert", "in", *NET, "-o", "out.pt", code=2).stderr
+    assert "for one file" in invoke("convert", "in", *NET, "-o", "out", "--html", "a.html", code=2).stderr
 
 
 def test_keywords_go_to_the_factory_and_into_the_file(folder):
