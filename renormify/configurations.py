@@ -7,7 +7,8 @@ installed package has.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def build_configured(
             raise ModelSourceError(f"{source}: {kind} has no setting {unknown[0][:80]!r} to give by --kwargs")
         for key, value in overrides.items():
             setattr(config, key, value)
-        model = _class(transformers, name, source)(config)
+        with _offline():
+            model = _class(transformers, name, source)(config)
     except ModelSourceError:
         raise
     except Exception as error:
@@ -90,6 +92,18 @@ def configured_shape(model: nn.Module) -> tuple[int, ...] | None:
         if size:
             return (1, *(int(length) for length in size))
     return None
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    # Some classes look a backbone up on the hub while they are built, by a name in the configuration.
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _read(folder: Path, source: str) -> Mapping[str, Any]:

@@ -173,7 +173,7 @@ def _resolve(module: ModuleType, path: str, source: str) -> Callable[..., Any]:
                 f"--model {source}: {where} has no {attribute!r}{nearest(attribute, dir(found))}"
             ) from error
     if isinstance(found, nn.Module):  # a model made at import; calling it would run its forward
-        return lambda: found  # a model takes no arguments
+        return lambda: found
     if not callable(found):
         raise ModelSourceError(
             f"--model {source}: {path} is of type {type(found).__name__}; "
