@@ -13,7 +13,7 @@ define environment
 	$(PYTHON) -m venv --clear $(VENV); }
 endef
 
-.PHONY: demo test fold-properties bench bench-onnx onnx-zoo zoo clean stale
+.PHONY: demo test fold-properties bench bench-onnx bench-checkpoint fuzz onnx-zoo zoo clean stale
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/renormify demo --output demo-output
@@ -38,6 +38,14 @@ bench-onnx: $(VENV)/.bench-installed
 # What folding leaves of many networks, and whether their files are proven: a quarter of an hour.
 onnx-zoo: $(VENV)/.bench-installed
 	$(BIN)/python tests/bench/bench_onnx.py --only zoo
+
+GIGABYTES ?= 4
+bench-checkpoint: $(VENV)/.dev-installed
+	$(BIN)/python tests/bench/bench_checkpoint.py --gigabytes $(GIGABYTES)
+
+FILES ?= 20000
+fuzz: $(VENV)/.dev-installed
+	$(BIN)/python tests/fuzzing.py $(FILES)
 
 # Long, and resumable: what was judged already, with the same code, is not judged again.
 zoo: $(VENV)/.dev-installed

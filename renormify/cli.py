@@ -7,21 +7,55 @@ Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
-import enum
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from renormify import __version__
 from renormify.errors import InputError, ProofError, RenormifyError, one_line
+from renormify.options import (
+    CHECKPOINT_SUFFIXES,
+    BatchSizes,
+    Checkpoint,
+    DMax,
+    Exclude,
+    Force,
+    Html,
+    Include,
+    IncludeFrozen,
+    Json,
+    Key,
+    Kwargs,
+    Leftover,
+    Model,
+    Momentum,
+    Output,
+    Peer,
+    Prefix,
+    Quiet,
+    RMax,
+    Shape,
+    Stat,
+    StatOption,
+    TrustPickle,
+    Verbose,
+    Weights,
+    batch_sizes_of,
+    kwargs_of,
+    momentum_of,
+    numbers,
+    shapes_of,
+)
 from renormify.session import (
+    Reading,
     console,
     discard_unwritable,
     fail,
+    folder_session,
     open_standard_streams,
     quiet_warnings,
     session_of,
@@ -31,33 +65,6 @@ __all__ = ["app", "main"]
 
 # typer has brought its own copy of click since 0.26; this is the base of its usage errors with and without.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-
-class Stat(str, enum.Enum):
-    """Which statistic is averaged."""
-
-    sigma = "sigma"
-    var = "var"
-
-
-class Leftover(str, enum.Enum):
-    """What becomes of a norm that does not fold."""
-
-    auto = "auto"
-    bn = "bn"
-    affine = "affine"
-    conv = "conv"
-
-
-class Peer(str, enum.Enum):
-    """Whose layers a file holds."""
-
-    auto = "auto"
-    torchrl = "torchrl"
-    sb3 = "sb3"
-    avalanche = "avalanche"
-    ludvb = "ludvb"
-    keras = "keras"
 
 
 class _TerminatedError(BaseException):
@@ -117,75 +124,6 @@ def _terminate(*_: object) -> None:
     raise _TerminatedError
 
 
-Checkpoint = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="CHECKPOINT", show_default=False, help="safetensors, or a state dict of torch.save."
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option("--weights", metavar="FILE", show_default=False, help="The same as CHECKPOINT."),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="SOURCE",
-        show_default=False,
-        help="torchvision:NAME, timm:NAME or package.module:factory. "
-        "A checkpoint that renormify wrote names its zoo model itself.",
-    ),
-]
-Shape = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input-shape",
-        metavar="N,C,H,W",
-        show_default=False,
-        help="Shape of the example input; once for each input. Default: what the checkpoint or the zoo says.",
-    ),
-]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", show_default=False)]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace an existing output. An input is never replaced.")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.")]
-Html = Annotated[
-    Path | None,
-    typer.Option("--html", metavar="FILE", show_default=False, help="Write the report as an HTML page too."),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every site.")]
-BatchSizes = Annotated[str, typer.Option("--batch-sizes", metavar="N,...", help="Batch sizes to compare at.")]
-RMax = Annotated[float, typer.Option("--r-max", help="Limit of the scale correction r.")]
-DMax = Annotated[float, typer.Option("--d-max", help="Limit of the shift correction d.")]
-Momentum = Annotated[
-    str,
-    typer.Option(
-        "--momentum", metavar="FLOAT|keep", help="Of the running statistics; keep: each layer's own."
-    ),
-]
-StatOption = Annotated[
-    Stat, typer.Option("--stat", help="Average sigma (the paper) or the variance (torch).")
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
-        metavar="PATTERN",
-        show_default=False,
-        help="Convert only sites whose name matches, as 'layer4.*'; may be given several times.",
-    ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude", metavar="PATTERN", show_default=False, help="Leave out sites whose name matches."
-    ),
-]
-IncludeFrozen = Annotated[bool, typer.Option("--include-frozen", help="Convert frozen BatchNorm too.")]
-
-
 def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"renormify {__version__}")
@@ -214,15 +152,22 @@ def inspect(
     checkpoint: Checkpoint = None,
     model: Model = None,
     weights: Weights = None,
+    kwargs: Kwargs = None,
+    key: Key = None,
+    prefix: Prefix = "",
+    trust_pickle: TrustPickle = False,
     include: Include = None,
     exclude: Exclude = None,
     include_frozen: IncludeFrozen = False,
     html: Html = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show the sites that a conversion would convert or skip, and what a checkpoint says of itself."""
-    with session_of(as_json, html, full=True) as session:
-        request = session.request(checkpoint, weights, model)
+    with session_of(as_json, html, quiet=quiet, full=True) as session:
+        request = session.request(
+            checkpoint, weights, model, reading=Reading(kwargs_of(kwargs), key, prefix, trust_pickle)
+        )
         from renormify import commands
 
         settings = commands.Settings(include_frozen=include_frozen)
@@ -240,6 +185,10 @@ def convert(
     checkpoint: Checkpoint = None,
     model: Model = None,
     weights: Weights = None,
+    kwargs: Kwargs = None,
+    key: Key = None,
+    prefix: Prefix = "",
+    trust_pickle: TrustPickle = False,
     input_shape: Shape = None,
     r_max: RMax = 3.0,
     d_max: DMax = 5.0,
@@ -248,19 +197,59 @@ def convert(
     include: Include = None,
     exclude: Exclude = None,
     include_frozen: IncludeFrozen = False,
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--proof/--no-proof", help="Without it, weights go from file to file unproven, and fast."
+        ),
+    ] = True,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", metavar="N", min=1, help="Of a folder: files at a time.")
+    ] = 1,
     force: Force = False,
     verbose: Verbose = False,
     html: Html = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint, prove that evaluation is unchanged to the bit, and write it."""
-    with session_of(as_json, html, full=verbose, force=force) as session:
-        request = session.request(checkpoint, weights, model, _shapes(input_shape), output=output)
+    """Convert a checkpoint, prove that evaluation is unchanged to the bit, and write it.
+
+    A folder is converted file by file into the folder OUT; what was converted before is not done again.
+    """
+    source = checkpoint or weights
+    if source is not None and source.is_dir() and output.suffix.lower() not in CHECKPOINT_SUFFIXES:
+        if html is not None:
+            raise InputError("--html is for one file; of a folder give --json, and that to renormify report")
+        numbers = ("--r-max", str(r_max), "--d-max", str(d_max), "--momentum", momentum, "--stat", stat.value)
+        patterns = [f"--include={text}" for text in include or ()] + [f"--exclude={t}" for t in exclude or ()]
+        shapes = [f"--input-shape={text}" for text in input_shape or ()]
+        given = {"--model": model, "--kwargs": kwargs, "--key": key, "--prefix": prefix or None}
+        texts = [f"{name}={text}" for name, text in given.items() if text is not None]
+        flags = {"--trust-pickle": trust_pickle, "--no-proof": not prove, "--include-frozen": include_frozen}
+        options = (*numbers, *patterns, *shapes, *texts, *(flag for flag, on in flags.items() if on))
+        kwargs_of(kwargs), shapes_of(input_shape)  # said now, not once for each file
+        with folder_session(quiet, as_json) as session:
+            from renormify import commands, folders
+
+            settings = commands.Settings(r_max, d_max, momentum_of(momentum), stat.value, include_frozen)
+            plain = commands.plain_settings(settings)
+            run = folders.convert_folder
+            session.finish(run(source, output, options, plain, jobs=jobs, force=force, tell=session.tell))
+        return
+    with session_of(as_json, html, quiet=quiet, full=verbose, force=force) as session:
+        request = session.request(
+            checkpoint,
+            weights,
+            model,
+            shapes_of(input_shape),
+            output=output,
+            reading=Reading(kwargs_of(kwargs), key, prefix, trust_pickle),
+        )
         from renormify import commands
 
-        settings = commands.Settings(r_max, d_max, _momentum(momentum), stat.value, include_frozen)
+        settings = commands.Settings(r_max, d_max, momentum_of(momentum), stat.value, include_frozen)
         selection = commands.Selection(tuple(include or ()), tuple(exclude or ()))
-        document = commands.convert_checkpoint(request, output, settings, selection, force=force)
+        document = commands.convert_checkpoint(request, output, settings, selection, force=force, prove=prove)
         session.finish(document)
 
 
@@ -274,6 +263,10 @@ def export(
     checkpoint: Checkpoint = None,
     model: Model = None,
     weights: Weights = None,
+    kwargs: Kwargs = None,
+    key: Key = None,
+    prefix: Prefix = "",
+    trust_pickle: TrustPickle = False,
     input_shape: Shape = None,
     batch_sizes: BatchSizes = "1,2,7",
     fold: Annotated[
@@ -283,12 +276,20 @@ def export(
     force: Force = False,
     verbose: Verbose = False,
     html: Html = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Export to ONNX with the norms folded away, and keep the file only if it agrees with the model."""
-    with session_of(as_json, html, full=verbose, force=force) as session:
-        sizes = _batch_sizes(batch_sizes)
-        request = session.request(checkpoint, weights, model, _shapes(input_shape), output=output)
+    with session_of(as_json, html, quiet=quiet, full=verbose, force=force) as session:
+        sizes = batch_sizes_of(batch_sizes)
+        request = session.request(
+            checkpoint,
+            weights,
+            model,
+            shapes_of(input_shape),
+            output=output,
+            reading=Reading(kwargs_of(kwargs), key, prefix, trust_pickle),
+        )
         from renormify import commands
 
         document = commands.export_checkpoint(
@@ -325,7 +326,7 @@ def fold(
 ) -> None:
     """Fold the norms of any ONNX file into their neighbours, and keep it only if it computes the same."""
     with session_of(as_json, html, full=verbose, force=force) as session:
-        sizes = _batch_sizes(batch_sizes)
+        sizes = batch_sizes_of(batch_sizes)
         progress = session.request(None, None, None, output=output, reads=file).progress
         from renormify import commands
 
@@ -333,7 +334,7 @@ def fold(
             file,
             output,
             leftover=leftover.value,
-            shapes=_shapes(input_shape),
+            shapes=shapes_of(input_shape),
             batch_sizes=sizes,
             verify=prove,
             force=force,
@@ -352,15 +353,27 @@ def verify(
     checkpoint: Checkpoint = None,
     model: Model = None,
     weights: Weights = None,
+    kwargs: Kwargs = None,
+    key: Key = None,
+    prefix: Prefix = "",
+    trust_pickle: TrustPickle = False,
     input_shape: Shape = None,
     batch_sizes: BatchSizes = "1,2,7",
     html: Html = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare an ONNX file with the model that it was made from."""
-    with session_of(as_json, html) as session:
-        sizes = _batch_sizes(batch_sizes)
-        request = session.request(checkpoint, weights, model, _shapes(input_shape), reads=file)
+    with session_of(as_json, html, quiet=quiet) as session:
+        sizes = batch_sizes_of(batch_sizes)
+        request = session.request(
+            checkpoint,
+            weights,
+            model,
+            shapes_of(input_shape),
+            reads=file,
+            reading=Reading(kwargs_of(kwargs), key, prefix, trust_pickle),
+        )
         from renormify import commands
 
         document = commands.verify_file(file, request, batch_sizes=sizes)
@@ -403,12 +416,12 @@ def diagnose(
 ) -> None:
     """Look at the norm layers at your own batch size: which suffer, and what to do."""
     with session_of(as_json, html, full=verbose) as session:
-        request = session.request(checkpoint, weights, model, _shapes(input_shape), reads=data)
+        request = session.request(checkpoint, weights, model, shapes_of(input_shape), reads=data)
         from renormify import commands
         from renormify.samples import Samples
 
         samples = Samples(
-            data, batch_size, max_batches, shuffle, _numbers("--mean", mean), _numbers("--std", std)
+            data, batch_size, max_batches, shuffle, numbers("--mean", mean), numbers("--std", std)
         )
         session.finish(commands.diagnose_checkpoint(request, samples))
 
@@ -463,16 +476,17 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where all files go.")
     ] = Path("demo-output"),
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Convert, prove, fine-tune and deploy a real network, in two minutes."""
-    if not as_json:  # what is found is shown as it is found
+    if not (as_json or quiet):  # what is found is shown as it is found
         with quiet_warnings():
             from renormify import demo as demonstration
 
             demonstration.run(output, console())
         return
-    with session_of(as_json, None) as session:
+    with session_of(as_json, None, quiet=quiet) as session:
         from rich.console import Console
 
         from renormify import demo as demonstration
@@ -485,41 +499,29 @@ def demo(
             session.finish(error.document)
 
 
-def _shapes(texts: list[str] | None) -> tuple[tuple[int, ...], ...] | None:
-    return tuple(map(_shape, texts)) if texts else None
+@app.command(epilog="Examples:\n\nrenormify doctor\n\nrenormify doctor --json > doctor.json")
+def doctor(quiet: Quiet = False, as_json: Json = False) -> None:
+    """Print versions, extras and devices, for a bug report."""
+    with session_of(as_json, None, quiet=quiet) as session:
+        from renormify import doctor as doctoring
+
+        session.finish(doctoring.examine())
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise InputError(f"--input-shape {text!r}: expected positive whole numbers, as 1,3,224,224")
-    return shape
-
-
-def _batch_sizes(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise InputError(f"--batch-sizes {text!r}: expected positive whole numbers, as 1,2,7")
-    return sizes
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"{option} {text!r}: expected numbers, as 0.5,0.5,0.5") from None
-
-
-def _momentum(text: str) -> float | Literal["keep"]:
-    if text == "keep":
-        return "keep"
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"--momentum {text!r}: expected a number, as 0.01, or keep") from None
+@app.command(epilog="Examples:\n\nrenormify report result.json\n\nrenormify report result.json -o page.html")
+def report(
+    result: Annotated[
+        Path,
+        typer.Argument(metavar="RESULT.json", help="What --json printed; - for stdin.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PAGE.html", show_default=False, help="Write an HTML page."),
+    ] = None,
+    force: Force = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show the result of another command again, or write it as an HTML page."""
+    with session_of(False, output, full=verbose, force=force, quiet=quiet) as session:
+        session.report(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +13,30 @@ import torch
 from torch import Tensor, nn
 
 from renormify import __version__, sources
-from renormify.checkpoints import (
-    Checkpoint,
-    check_checkpoint_output,
-    fit_keys,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from renormify.checkpoints import Checkpoint, check_checkpoint_output, load_weights, save_checkpoint
 from renormify.diagnosis import diagnose
 from renormify.errors import CheckpointError, InputError, NothingToConvertError
+from renormify.exported import export_again, save_program
+from renormify.fitting import tied_to
+from renormify.formats import Span
 from renormify.importers import AUTO, import_checkpoint
 from renormify.outputs import check_output, staged
-from renormify.proof import example_inputs, prove_unchanged, run
+from renormify.proof import prove_unchanged, run
 from renormify.rewriting import Conversion, convert
 from renormify.samples import Samples
 from renormify.selection import Selection
 from renormify.settings import Settings
 from renormify.sites import find_sites
+from renormify.subjects import (
+    Request,
+    Shapes,
+    Subject,
+    available_memory,
+    load_subject,
+    names_program,
+    read_checkpoint,
+)
+from renormify.writers import Progress, silent
 
 if TYPE_CHECKING:
     from renormify.onnx import Parity
@@ -45,63 +51,9 @@ __all__ = [
     "fold_file",
     "import_file",
     "inspect_checkpoint",
+    "plain_settings",
     "verify_file",
 ]
-
-Shapes = tuple[tuple[int, ...], ...]
-Progress = Callable[[str], None]
-
-
-def _silent(text: str) -> None:
-    """Shows no progress."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Which model is meant.
-
-    Args:
-        checkpoint: the file with its weights, or None for fresh ones.
-        source: the model source, or None for the one that the checkpoint names.
-        shapes: of its inputs, or None for what the checkpoint or the source say.
-        progress: is told each step that may take a while.
-    """
-
-    checkpoint: Path | None = None
-    source: str | None = None
-    shapes: Shapes | None = None
-    progress: Progress = _silent
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """The files that this request reads."""
-        return () if self.checkpoint is None else (self.checkpoint,)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Subject:
-    model: nn.Module
-    source: str
-    checkpoint: Mapping[str, Tensor] | None  # under the model's own keys
-    weights: Path | None
-    shapes: Shapes | None
-
-    def args(self) -> tuple[Tensor, ...]:
-        if self.shapes is None:
-            raise InputError(
-                f"{self.source} does not tell its input's shape: give it, as --input-shape 1,3,224,224"
-            )
-        floating = (p.dtype for p in self.model.parameters() if p.dtype.is_floating_point)
-        return example_inputs(self.shapes, dtype=next(floating, torch.float32))
-
-    def document(self, command: str) -> dict[str, Any]:
-        return {
-            "command": command,
-            "renormify": __version__,
-            "model": self.source,
-            "weights": None if self.weights is None else str(self.weights),
-            "input_shape": self.shapes,
-        }
 
 
 class _NotProvenError(Exception):
@@ -115,8 +67,13 @@ def convert_checkpoint(
     selection: Selection = Selection(),  # noqa: B008
     *,
     force: bool = False,
+    prove: bool = True,
 ) -> dict[str, Any]:
     """Converts, proves that nothing changed, and only then writes the checkpoint.
+
+    Without the proof, tensors go from file to file one by one, and the model is built without memory for
+    them. A checkpoint that memory does not hold twice goes that way too. The document and the file then say
+    why they are ``unproven``.
 
     Returns:
         The document, with the proof; ``passed`` tells whether the file was written. Where every BatchNorm has
@@ -125,29 +82,110 @@ def convert_checkpoint(
     Raises:
         RenormifyError: something given cannot be used, or there is no BatchNorm.
     """
-    check_checkpoint_output(output, force=force, inputs=request.inputs)
-    subject = _load(request)
-    args = subject.args()
+    if output.suffix.lower() == ".pt2":
+        check_output(output, force=force, inputs=request.inputs)
+    else:
+        check_checkpoint_output(output, force=force, inputs=request.inputs)
+    unproven = None if prove else "the proof was not asked for (--no-proof)"
+    checkpoint = None if names_program(request) else read_checkpoint(request)
+    if unproven is None and checkpoint is not None:
+        unproven = _too_large(checkpoint)
+    structure_only = unproven is not None and checkpoint is not None
+    subject = load_subject(request, checkpoint, structure_only=structure_only)
+    del checkpoint  # what it maps of its file need not stay in memory beside the model
+    if output.suffix.lower() == ".pt2" and subject.program is None:
+        raise InputError(
+            f"cannot write {output}: a program comes only of a program; give .safetensors or .pt"
+        )
+    args, kwargs = subject.example or (None if unproven else subject.args(), {})
     request.progress("Converting")
-    document = subject.document("convert") | {"settings": _plain(settings)}
+    document = subject.document("convert") | {"settings": plain_settings(settings)}
     try:
-        conversion = _convert(subject.model, settings, selection)
+        conversion = _convert(subject, settings, selection)
     except NothingToConvertError as error:
         return document | _nothing(error) | {"output": None}
-    request.progress("Proving that the outputs are unchanged")
-    proof = prove_unchanged(subject.model, conversion.model, args)
-    document |= {
-        "report": conversion.report.to_dict(),
-        "proof": proof.to_dict(),
-        "passed": proof.passed,
-        "reason": None if proof.passed else f"the converted model is not the original: {proof.reason}",
-        "output": output if proof.passed else None,
-    }
-    if proof.passed:
-        request.progress(f"Writing {output}")
-        state = _in_the_dtypes_of(subject.checkpoint, conversion.model.state_dict())
-        save_checkpoint(output, state, _metadata(document, conversion), force=force, inputs=request.inputs)
+    document |= {"report": conversion.report.to_dict(), "proof": None, "unproven": unproven}
+    document |= {"passed": True, "reason": None, "output": output}
+    if unproven is None:
+        request.progress("Proving that the outputs are unchanged")
+        assert args is not None
+        proof = prove_unchanged(subject.model, conversion.model, args, kwargs)
+        document["proof"] = proof.to_dict()
+        if not proof.passed:
+            reason = f"the converted model is not the original: {proof.reason}"
+            return document | {"passed": False, "reason": reason, "output": None}
+    request.progress(f"Writing {output}")
+    _write(request, subject, conversion, document, output, force, structure_only)
     return document
+
+
+def _write(
+    request: Request,
+    subject: Subject,
+    conversion: Conversion,
+    document: Mapping[str, Any],
+    output: Path,
+    force: bool,
+    structure_only: bool,
+) -> None:
+    metadata, inputs = _metadata(document, subject, conversion), subject.inputs(request)
+    if output.suffix.lower() == ".pt2":
+        assert subject.program is not None
+        save_program(
+            output, export_again(subject.program, conversion.model), metadata, force=force, inputs=inputs
+        )
+        return
+    state: Mapping[str, Any] = conversion.model.state_dict()
+    source = None
+    if structure_only:
+        assert subject.checkpoint is not None
+        state, source = _stored_state(subject.model, subject.checkpoint, state)
+    else:
+        state = _in_the_dtypes_of(subject.checkpoint, state)
+    save_checkpoint(
+        output, state, metadata, force=force, inputs=inputs, source=source, progress=request.progress
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The tensors of a checkpoint under the keys of a model, which may have several for one."""
+
+    checkpoint: Checkpoint
+    places: Mapping[str, str | None]
+
+    def read(self, key: str) -> Tensor:
+        return self.checkpoint.read(str(self.places[key]))
+
+    def span(self, key: str) -> Span | None:
+        place = self.places[key]
+        return None if place is None else self.checkpoint.span(place)
+
+
+def _stored_state(
+    model: nn.Module, checkpoint: Checkpoint, state: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], _Stored]:
+    """The tensors of the file under the keys of the converted model, and where to read them."""
+    tied = tied_to(model)
+    places = {
+        key: next((name for name in (key, *tied.get(key, ())) if name in checkpoint), None) for key in state
+    }
+    found = OrderedDict(
+        (key, torch.zeros(value.shape, dtype=value.dtype) if place is None else checkpoint[place])
+        for (key, value), place in zip(state.items(), places.values(), strict=True)
+    )
+    found._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
+    return found, _Stored(checkpoint, places)
+
+
+def _too_large(checkpoint: Checkpoint) -> str | None:
+    """Why there is no memory for a proof, which takes the model twice."""
+    tensors = [value for value in checkpoint.values() if isinstance(value, Tensor)]
+    size = sum(value.numel() * value.element_size() for value in tensors)
+    available = available_memory()
+    if available is None or 2 * size <= available:
+        return None
+    return f"the weights take {size:,} bytes and the proof twice that, but only {available:,} bytes are free"
 
 
 def inspect_checkpoint(
@@ -162,7 +200,7 @@ def inspect_checkpoint(
     Raises:
         RenormifyError: something given cannot be used, or there is no BatchNorm.
     """
-    checkpoint = _read(request)
+    checkpoint = read_checkpoint(request)
     if checkpoint is None and request.source is None:
         raise InputError("nothing to inspect: give a checkpoint, --model SOURCE, or both")
     document: dict[str, Any] = {"command": "inspect", "renormify": __version__, "passed": True}
@@ -170,14 +208,19 @@ def inspect_checkpoint(
         document["checkpoint"] = _describe(checkpoint)
     recorded = request.source is None
     source = checkpoint.metadata.get("model") if recorded and checkpoint is not None else request.source
-    if not isinstance(source, str) or (recorded and sources.names_code(source)):
+    if names_program(request) and request.trust_pickle:
+        subject = load_subject(request)
+    elif not isinstance(source, str) or (recorded and sources.names_code(source)):
         return document  # what the file says is told; code that it names is not run
-    subject = _load(request, checkpoint)
+    else:
+        subject = load_subject(
+            request, checkpoint, structure_only=checkpoint is not None and checkpoint.streamed
+        )
     request.progress("Looking for BatchNorm")
     document |= subject.document("inspect")
     document["dtypes"] = _count_dtypes(dict(subject.model.named_parameters()))
     try:
-        conversion = _convert(subject.model, settings, selection)
+        conversion = _convert(subject, settings, selection)
     except NothingToConvertError as error:
         return document | _nothing(error)
     return document | {"report": conversion.report.to_dict()}
@@ -190,7 +233,7 @@ def diagnose_checkpoint(request: Request, samples: Samples) -> dict[str, Any]:
         RenormifyError: something given cannot be used, or there is no norm layer.
     """
     samples.check()
-    subject = _load(request)
+    subject = load_subject(request)
     if subject.shapes is not None and len(subject.shapes) > 1:
         raise InputError(
             f"{subject.source} takes {len(subject.shapes)} inputs; diagnose(model, batches) does so"
@@ -227,12 +270,12 @@ def export_checkpoint(
     from renormify.onnx import export_onnx, verify_onnx
 
     check_output(output, force=force, inputs=request.inputs)
-    subject = _load(request)
+    subject = load_subject(request)
     _check_deployable(subject)
     args = subject.args()
     document = subject.document("export")
     try:
-        conversion = _convert(subject.model, Settings(), Selection())
+        conversion = _convert(subject, Settings(), Selection())
         model = conversion.model
         document["report"] = conversion.report.to_dict()
     except NothingToConvertError:  # converted by its own factory already, or without BatchNorm from the start
@@ -267,7 +310,7 @@ def fold_file(
     batch_sizes: Sequence[int] = (1, 2, 7),
     verify: bool = True,
     force: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Folds the norms of any ONNX file, compares it with the file as it was, and only then puts it in place.
 
@@ -325,7 +368,7 @@ def verify_file(path: Path, request: Request, *, batch_sizes: Sequence[int] = (1
     from renormify.onnx import verify_onnx
 
     _check_onnx(path)
-    subject = _load(request)
+    subject = load_subject(request)
     args = subject.args()
     run(subject.model, args)
     request.progress("Comparing the ONNX file with the model")
@@ -386,62 +429,13 @@ def import_file(
     return document
 
 
-def _read(request: Request) -> Checkpoint | None:
-    if request.checkpoint is None:
-        return None
-    request.progress(f"Reading {request.checkpoint}")
-    return load_checkpoint(request.checkpoint)
-
-
-def _load(request: Request, checkpoint: Checkpoint | None = None) -> _Subject:
-    checkpoint = checkpoint or _read(request)
-    source = _source(request, checkpoint)
-    if source is None:
-        raise InputError(
-            "which model? Give --model torchvision:NAME, timm:NAME or package.module:factory"
-            + (f"; {checkpoint.path} does not name its own" if checkpoint is not None else "")
-        )
-    request.progress(f"Building {source}")
-    model = sources.build_model(source)
-    fitted = None if checkpoint is None else fit_keys(model, checkpoint)
-    if fitted is not None:
-        load_weights(model, fitted)
-    shapes = request.shapes or _recorded_shapes(checkpoint) or sources.input_shapes(source, model)
-    return _Subject(model, source, fitted, request.checkpoint, shapes)
-
-
-def _source(request: Request, checkpoint: Checkpoint | None) -> str | None:
-    if request.source is not None or checkpoint is None:
-        return request.source
-    recorded = checkpoint.metadata.get("model")
-    if not isinstance(recorded, str):
-        return None
-    if sources.names_code(recorded):
-        # A file may come from anyone. What it names is run only when the user says so.
-        raise InputError(
-            f"{checkpoint.path} names the model {recorded!r}, which is code that a file may not start: "
-            f"where you trust it, add --model {recorded}"
-        )
-    return recorded
-
-
-def _recorded_shapes(checkpoint: Checkpoint | None) -> Shapes | None:
-    recorded = checkpoint.metadata.get("input_shape") if checkpoint is not None else None
-    if not isinstance(recorded, list) or not recorded:
-        return None
-    sound = all(
-        isinstance(shape, list) and shape and all(type(length) is int and length > 0 for length in shape)
-        for shape in recorded
-    )
-    return tuple(tuple(shape) for shape in recorded) if sound else None
-
-
-def _convert(model: nn.Module, settings: Settings, selection: Selection) -> Conversion:
-    selection.check(site.name for site in find_sites(model))
+def _convert(subject: Subject, settings: Settings, selection: Selection) -> Conversion:
+    selection.check(site.name for site in find_sites(subject.model))
+    model = subject.program or subject.model
     return convert(model, filter_fn=selection, **dataclasses.asdict(settings))
 
 
-def _check_deployable(subject: _Subject) -> None:
+def _check_deployable(subject: Subject) -> None:
     """Refuses early what onnxruntime would refuse after the whole export."""
     for name, parameter in subject.model.named_parameters():
         if parameter.dtype in (torch.float64, torch.bfloat16):
@@ -470,7 +464,8 @@ def _nothing(error: NothingToConvertError) -> dict[str, Any]:
     return {"report": error.report.to_dict(), "passed": False, "reason": str(error)}
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """The settings as documents and files have them."""
     # JSON has no infinity; float() reads this one back.
     return {
         key: str(value) if isinstance(value, float) and math.isinf(value) else value
@@ -490,12 +485,13 @@ def _in_the_dtypes_of(checkpoint: Mapping[str, Tensor] | None, state: Mapping[st
     return kept
 
 
-def _metadata(document: Mapping[str, Any], conversion: Conversion) -> dict[str, Any]:
+def _metadata(document: Mapping[str, Any], subject: Subject, conversion: Conversion) -> dict[str, Any]:
     report = conversion.report
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "model": document["model"],
+        "model": document["model"] if subject.program is None else None,
+        **subject.recorded,
         "input_shape": document["input_shape"],
         "settings": document["settings"],
         "report": {
@@ -503,6 +499,7 @@ def _metadata(document: Mapping[str, Any], conversion: Conversion) -> dict[str, 
             "skipped": {site.name: site.reason for site in report.sites if site.action != "converted"},
         },
         "proof": document["proof"],
+        **({"unproven": document["unproven"]} if document["unproven"] else {}),
     }
 
 

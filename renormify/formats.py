@@ -1,41 +1,133 @@
-"""The formats of checkpoint files: which one a file is, and how to read it without running what is in it."""
+"""The formats of checkpoints: which one a file or folder is, and how to read safetensors."""
 
 from __future__ import annotations
 
 import codecs
-import io
 import json
-import pickle
-import pickletools
-import re
-import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from renormify.errors import CheckpointError, UnsafeCheckpointError, one_line
+from renormify.errors import CheckpointError, one_line
+from renormify.pickles import is_archive, read_torch
 from renormify.sources import nearest
 
-__all__ = ["OUR_KEY", "SAFETENSORS", "TORCH", "read_safetensors", "read_torch", "recognise"]
+__all__ = [
+    "DISTRIBUTED",
+    "DTYPES",
+    "INDEX",
+    "OUR_KEY",
+    "PROGRAM",
+    "SAFETENSORS",
+    "TORCH",
+    "Contents",
+    "Span",
+    "find_spans",
+    "locate",
+    "parse_ours",
+    "read_safetensors",
+    "read_torch",
+    "recognise",
+]
 
-SAFETENSORS, TORCH = "safetensors", "torch"
+SAFETENSORS, TORCH, INDEX, DISTRIBUTED, PROGRAM = "safetensors", "torch", "index", "distributed", "program"
 OUR_KEY = "renormify"  # under it a checkpoint says what renormify knows of it
-_SCANNED = 2**26  # bytes of a pickle that are looked through for what it would run
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# What people's tools call the weights in a folder, in the order in which it is looked for.
+_IN_FOLDERS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+class Span(NamedTuple):
+    """Which bytes of a file are a tensor's values, in its order and dtype."""
+
+    file: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a reader found.
+
+    Attributes:
+        tensors: by their keys; where ``read`` is given, on the meta device: dtype and shape alone.
+        ours: what renormify wrote of the checkpoint, or nothing; not checked.
+        read: reads one tensor by its key, so that no more than one need be in memory.
+        files: every file that is read.
+        spans: where the values of tensors lie that a file holds as they are.
+    """
+
+    tensors: Mapping[str, Any]
+    ours: Any
+    files: tuple[Path, ...]
+    read: Callable[[str], Tensor] | None = None
+    spans: Mapping[str, Span] = field(default_factory=dict)
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or in a folder the file that holds or lists its weights.
+
+    A folder that ``torch.distributed.checkpoint`` wrote is a checkpoint itself.
+
+    Raises:
+        CheckpointError: it is a folder without a checkpoint in it, or with several.
+    """
+    try:
+        if not path.is_dir() or (path / ".metadata").is_file():
+            return path
+        for name in _IN_FOLDERS:
+            if (path / name).is_file():
+                return path / name
+        indexes = sorted(path.glob("*.index.json"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(indexes) == 1:
+        return indexes[0]
+    raise CheckpointError(
+        f"{path} is a folder without {_IN_FOLDERS[1]}, an index of shards or the .metadata of "
+        "torch.distributed.checkpoint; expected a checkpoint file (to convert each file in it, give -o a "
+        "folder)"
+    )
 
 
 def recognise(path: Path) -> str:
-    """Tells by its content, not by its suffix, which format a file is.
+    """Tells by its content, not by its suffix, which format a checkpoint is.
 
     Raises:
         CheckpointError: it is missing, not readable, or of no format that can be read.
     """
     try:
         if path.is_dir():
-            raise CheckpointError(f"{path} is a folder; expected a checkpoint file")
+            return DISTRIBUTED
         if not path.exists():
             near = nearest(path.name, _siblings(path))
             raise CheckpointError(f"no such file: {path}{near}")
@@ -50,8 +142,18 @@ def recognise(path: Path) -> str:
     if start[8:9] == b"{" and not _is_text(start[:8]):  # eight bytes of length, then a JSON header
         return SAFETENSORS
     if start.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or a pickle of protocol 2 or later
-        return TORCH
+        return PROGRAM if is_archive(path) and _is_program(path) else TORCH
+    if start.lstrip()[:1] == b"{" and path.suffix == ".json":
+        return INDEX
     raise CheckpointError(f"{path} is {_guess(start)}; expected safetensors or a file that torch.save wrote")
+
+
+def _is_program(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("models/model.json") for name in archive.namelist())
+    except Exception:  # a damaged archive; its reader says so
+        return False
 
 
 def _guess(start: bytes) -> str:
@@ -93,84 +195,33 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise CheckpointError(
             f"{path} is a damaged or truncated safetensors file: {one_line(error)}"
         ) from error
+    return tensors, parse_ours(metadata.get(OUR_KEY, "{}"))
+
+
+def find_spans(path: Path) -> dict[str, Span]:
+    """Where the values lie in a safetensors file that was found sound."""
     try:
-        ours = json.loads(metadata.get(OUR_KEY, "{}"))
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            key: Span(
+                path,
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for key, entry in header.items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is a damaged or truncated safetensors file: {one_line(error)}"
+        ) from error
+
+
+def parse_ours(text: str) -> Any:
+    """What renormify wrote of a checkpoint; nothing where it is no JSON."""
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError):
-        ours = {}
-    return tensors, ours
-
-
-def read_torch(path: Path) -> Any:
-    """Reads what ``torch.save`` wrote, whatever it is, as far as that runs no code.
-
-    Raises:
-        CheckpointError: the file is damaged.
-        UnsafeCheckpointError: reading all of it would run code.
-    """
-    try:
-        with warnings.catch_warnings():
-            # torch warns of what makes a file unusual; whether it can be used is said here.
-            warnings.simplefilter("ignore")
-            if path.name.endswith(
-                ".safetensors"
-            ):  # by a path, torch would go by the name and not the content
-                with path.open("rb") as file:
-                    return torch.load(file, map_location="cpu", weights_only=True)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged file can make the readers raise anything
-        raise _refusal(path, error) from error
-
-
-def _refusal(path: Path, error: Exception) -> CheckpointError:
-    names = _globals_in(path)
-    blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    foreign = [name for name in names if not name.startswith(("torch.", "collections.OrderedDict"))]
-    unsafe = isinstance(error, pickle.UnpicklingError) and (blocked is not None or bool(foreign))
-    if unsafe and any(name.startswith("torch.nn.modules.") for name in names):
-        return UnsafeCheckpointError(
-            f"{path} holds a whole pickled model, which runs code on loading; nothing was loaded. Where you "
-            "trust it: torch.save(torch.load(FILE, weights_only=False).state_dict(), 'weights.pth'), "
-            "and give that file"
-        )
-    if unsafe:
-        name = blocked.group(1) if blocked else foreign[0]
-        return UnsafeCheckpointError(
-            f"{path} would run code on loading ({name}); nothing was loaded. "
-            "Ask its author for the state dict alone, best as safetensors"
-        )
-    if "TorchScript" in str(error):
-        return CheckpointError(
-            f"{path} is a TorchScript program; expected a state dict (save model.state_dict())"
-        )
-    return CheckpointError(f"{path} is damaged, truncated or not a checkpoint: {one_line(error)}")
-
-
-def _globals_in(path: Path) -> list[str]:
-    """The globals that the pickles in a file name; read, never executed."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                with archive.open(member) as file:
-                    start = file.read(_SCANNED)
-        else:
-            with path.open("rb") as raw:
-                start = raw.read(_SCANNED)
-    except Exception:  # the file is damaged, and zipfile may raise anything too
-        return []
-    return list(_scan(io.BytesIO(start)))
-
-
-def _scan(file: io.BytesIO) -> Iterator[str]:
-    strings: list[str] = []
-    try:
-        while True:  # torch's older format is several pickles, one after another
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    yield str(argument).replace(" ", ".")
-                elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-                    yield ".".join(strings[-2:])
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    except Exception:  # the end of the pickles, or of what is sound in them
-        return
+        return {}

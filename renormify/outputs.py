@@ -1,14 +1,17 @@
 """Writing files so that an interrupt leaves the old file or the new one, never a part of one.
 
 Everything goes into a hidden folder beside the target first, under its final name (an ONNX file refers to its
-external data by name), and is moved into place only when whole.
+external data by name), and is moved into place only when whole. A lock in the folder says that its
+owner lives: what a killed process left is cleared away by the next that writes the same file.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +19,12 @@ from pathlib import Path
 
 from renormify.errors import OutputError
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = ["check_output", "staged"]
+
+_LOCK = ".lock"
 
 
 def check_output(path: str | Path, *, force: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
@@ -73,17 +81,43 @@ def staged(path: str | Path, *, force: bool = False, inputs: Iterable[str | Path
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     try:
-        yield folder / path.name
-        _publish(folder, path, force, inputs)
+        with _lock(folder):
+            _clear_leftovers(path)
+            yield folder / path.name
+            _publish(folder, path, force, inputs)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    if sys.platform == "win32":
+        yield
+        return
+    with (folder / f"{_LOCK}.new").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.rename(file.name, folder / _LOCK)  # nobody sees it unlocked while its owner lives
+        yield
+
+
+def _clear_leftovers(path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    for left in path.parent.glob(f".{glob.escape(path.name[:100])}.*.tmp/{_LOCK}"):
+        try:
+            with left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left.parent, ignore_errors=True)
+        except OSError:  # its owner is at work, or another clears it away
+            continue
+
+
 def _publish(folder: Path, path: Path, force: bool, inputs: tuple[str | Path, ...]) -> None:
     mode = _default_mode(folder)
-    files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
+    written = [file for file in folder.iterdir() if file.name != _LOCK]
+    files = sorted(written, key=lambda file: file.name == path.name)
     # Looked at again: much time may have passed since the first look.
     targets = [check_output(path.parent / file.name, force=force, inputs=inputs) for file in files]
     for file in files:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from renormify import __version__
-from renormify.errors import MissingExtraError
+from renormify.errors import InputError, MissingExtraError, one_line
 from renormify.pictures import quantile_bands
 
 if TYPE_CHECKING:
@@ -60,6 +60,27 @@ def to_json(document: Mapping[str, Any]) -> str:
     return json.dumps(_jsonable(document), indent=2, allow_nan=False)
 
 
+def parse(text: str, name: str) -> dict[str, Any]:
+    """The document that :func:`to_json` printed.
+
+    Raises:
+        InputError: the text is none.
+    """
+    try:
+        document = json.loads(text)
+        if not isinstance(document, dict) or not {"command", "passed"} <= document.keys():
+            raise InputError(f"{name} is not the result of a renormify command; expected what --json printed")
+        sections(document)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{name} is not the result of a renormify command: {one_line(error, 100)}; "
+            "expected what --json printed"
+        ) from error
+    return document
+
+
 def sections(document: Mapping[str, Any], *, full: bool = False) -> tuple[Section, ...]:
     """What a document holds, one section for each result in it.
 
@@ -69,6 +90,10 @@ def sections(document: Mapping[str, Any], *, full: bool = False) -> tuple[Sectio
     """
     document = _jsonable(document)
     found = []
+    if document.get("command") == "doctor":
+        found.append(_installed(document))
+    if "files" in document:
+        found.append(_files(document))
     if "model" in document:
         found.append(_subject(document))
     if document.get("checkpoint") is not None:
@@ -77,6 +102,8 @@ def sections(document: Mapping[str, Any], *, full: bool = False) -> tuple[Sectio
         found += _imported(document["imported"])
     if document.get("report") is not None:
         found.append(_sites(document["report"], full))
+    if document.get("unproven"):
+        found.append(Section("Proof", f"none: {document['unproven']}"))
     if document.get("proof") is not None:
         found.append(_proof(document["proof"]))
     if document.get("export") is not None:
@@ -132,12 +159,15 @@ def _subject(document: Mapping[str, Any]) -> Section:
     facts = [("weights", str(weights))]
     if document.get("input_shape"):
         facts.append(("input", ", ".join("x".join(map(str, shape)) for shape in document["input_shape"])))
+    if document.get("kwargs"):
+        facts.append(("kwargs", _text(document["kwargs"])))
     for facts_of in ("settings", "data"):
         facts += [(key, _text(value)) for key, value in (document.get(facts_of) or {}).items()]
     if document.get("dtypes"):
         facts.append(
             ("parameters", ", ".join(f"{count:,} {name}" for name, count in document["dtypes"].items()))
         )
+    facts += [("note", note) for note in document.get("notes") or ()]
     return Section("Model", str(document["model"]), notes=tuple(f"{name}: {value}" for name, value in facts))
 
 
@@ -336,6 +366,30 @@ def _bands(layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 def _name(name: str) -> str:
     return name or "(the model itself)"
+
+
+def _installed(document: Mapping[str, Any]) -> Section:
+    rows = [("renormify", document["renormify"], ""), ("python", document["python"], document["executable"])]
+    rows += [(name, version or "missing", "needed") for name, version in document["packages"].items()]
+    for extra, packages in document["extras"].items():
+        rows += [
+            (name, version or "not installed", "" if version else f"pip install 'renormify[{extra}]'")
+            for name, version in packages.items()
+        ]
+    devices = "; ".join(document["devices"])
+    return Section(
+        "System",
+        document["system"],
+        headers=("package", "version", ""),
+        rows=tuple(rows),
+        notes=(f"devices: {devices}",),
+    )
+
+
+def _files(document: Mapping[str, Any]) -> Section:
+    counts = ", ".join(f"{count} {status}" for status, count in document["counts"].items())
+    seconds = sum(record["seconds"] for record in document["files"])
+    return Section("Files", f"{counts} ({seconds:.1f} s of work)", bool(document["passed"]))
 
 
 def _rows(records: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:

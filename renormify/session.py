@@ -11,40 +11,56 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import typer
 
-from renormify.errors import InputError, RenormifyWarning
+from renormify.errors import InputError, RenormifyWarning, one_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
-    from renormify.commands import Request
+    from renormify.folders import Outcome
+    from renormify.subjects import Request
+    from renormify.writers import Progress
 
 __all__ = [
+    "Reading",
     "Session",
     "console",
     "discard_unwritable",
     "fail",
+    "folder_session",
     "open_standard_streams",
+    "progress_bar",
     "quiet_warnings",
     "session_of",
 ]
+
+
+class Reading(NamedTuple):
+    """How a checkpoint is read and its model built; see :class:`renormify.commands.Request`."""
+
+    kwargs: dict[str, Any] | None = None
+    key: str | None = None
+    prefix: str = ""
+    trust_pickle: bool = False
 
 
 class Session:
     """One command's run: where its progress, its document and its verdict go."""
 
     def __init__(
-        self, as_json: bool, html: Path | None, full: bool, force: bool, progress: Callable[[str], None]
+        self, as_json: bool, html: Path | None, full: bool, force: bool, quiet: bool, progress: Progress
     ) -> None:
+        self._quiet = quiet
         self._as_json = as_json
         self._html = html
         self._full = full
         self._force = force
         self._progress = progress
         self._finished: dict[str, Any] | None = None
+        self._reported = False  # what failed then is no failure now
 
     def request(
         self,
@@ -55,6 +71,7 @@ class Session:
         *,
         output: Path | None = None,
         reads: Path | None = None,
+        reading: Reading = Reading(),  # noqa: B008 - it cannot change
     ) -> Request:
         """What the arguments ask for, checked as far as that goes before anything heavy is imported.
 
@@ -69,7 +86,7 @@ class Session:
             self._check_page(output, [path for path in (file, reads) if path is not None])
         from renormify.commands import Request
 
-        return Request(file, model, shapes, self._progress)
+        return Request(file, model, shapes, self._progress, *reading)
 
     def finish(self, document: dict[str, Any]) -> None:
         """Takes the result, to be rendered when the work is over."""
@@ -82,6 +99,24 @@ class Session:
             with staged(self._html, force=self._force) as target:
                 target.write_text(page, encoding="utf-8")
         self._finished = document
+
+    def report(self, path: Path) -> None:
+        """Takes a result that was printed before, to be rendered again.
+
+        Raises:
+            InputError: it is none.
+        """
+        if self._html is not None:
+            self._check_page(None, [path])
+        try:
+            text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {path}: {one_line(error)}") from error
+        from renormify import reporting
+
+        document = reporting.parse(text, str(path))
+        self._reported = True
+        self.finish(document)
 
     def _check_page(self, output: Path | None, inputs: list[Path]) -> None:
         from renormify import reporting
@@ -104,31 +139,80 @@ class Session:
         if self._finished is None:
             return
         document = self._finished
-        if self._as_json:
+        if self._quiet and not self._as_json:
+            pass
+        elif self._as_json:
             _print(reporting.to_json(document))
         else:
             terminal = console()
             reporting.print_sections(terminal, reporting.sections(document, full=self._full))
-            for path in (document.get("output"), self._html):
+            for path in (None if self._reported else document.get("output"), self._html):
                 if path is not None:
                     terminal.print(f"Wrote {path}", soft_wrap=True)
-        if not document["passed"]:
+        if not document["passed"] and not self._reported:
             consequence = "; nothing was written" if "output" in document else ""
             raise typer.Exit(fail(f"{document['reason']}{consequence}", 1))
 
 
 @contextlib.contextmanager
 def session_of(
-    as_json: bool, html: Path | None, *, full: bool = False, force: bool = False
+    as_json: bool, html: Path | None, *, full: bool = False, force: bool = False, quiet: bool = False
 ) -> Iterator[Session]:
     """The session of a command; it is rendered when the block is left without an error."""
     with contextlib.ExitStack() as stack:
         # Whatever a user's factory or an exporter prints must not mix with the document.
         stack.enter_context(_stdout_to_stderr())
         stack.enter_context(quiet_warnings())
-        session = Session(as_json, html, full, force, stack.enter_context(_progress(as_json)))
+        progress = stack.enter_context(progress_bar(as_json or quiet))
+        session = Session(as_json, html, full, force, quiet, progress)
         yield session
     session.render()
+
+
+class FolderSession(Session):
+    """The run of a command on many files, each told of as it is done."""
+
+    def __init__(self, quiet: bool, as_json: bool, show: Callable[[str, int, int], None]) -> None:
+        super().__init__(as_json, None, False, False, quiet, _silent)
+        self._show = show
+
+    def tell(self, outcome: Outcome, done: int, total: int) -> None:
+        """Prints one line for a file."""
+        self._show(_printable(outcome.line()), done, total)
+
+
+@contextlib.contextmanager
+def folder_session(quiet: bool, as_json: bool) -> Iterator[FolderSession]:
+    """The session of a command on many files; it is rendered when the block is left without an error."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_warnings())
+        show = stack.enter_context(_lines(quiet or as_json))
+        session = FolderSession(quiet, as_json, show)
+        yield session
+    session.render()
+
+
+@contextlib.contextmanager
+def _lines(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
+    # The bar is on stdout, as the lines are, so that one makes room for the other.
+    if hidden:
+        yield lambda text, done, total: None
+        return
+    terminal = console()
+    if not sys.stdout.isatty():
+        yield lambda text, done, total: terminal.print(text, soft_wrap=True)
+        return
+    from rich import progress
+
+    columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*columns, console=terminal, transient=True) as shown:
+        task = shown.add_task("", total=None)
+
+        def show(text: str, done: int, total: int) -> None:
+            terminal.print(text, soft_wrap=True)
+            shown.update(task, completed=done, total=total)
+
+        yield show
 
 
 @contextlib.contextmanager
@@ -166,15 +250,45 @@ def discard_unwritable() -> None:
 
 
 @contextlib.contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[str], None]]:
-    if as_json or not sys.stderr.isatty():
-        yield lambda _: None
+def progress_bar(hidden: bool) -> Iterator[Progress]:
+    """Shows what is being done, with rate and time left where that is known; nothing in a pipe."""
+    if hidden or not sys.stderr.isatty():
+        yield _silent
         return
+    from rich import progress
     from rich.console import Console
     from rich.markup import escape
 
-    with Console(stderr=True).status("Starting") as status:
-        yield lambda text: status.update(escape(text))
+    def measured(column: progress.ProgressColumn) -> progress.ProgressColumn:
+        # Of work without a measure there is nothing to show but that it goes on.
+        class Column(progress.ProgressColumn):
+            def render(self, task: progress.Task) -> RenderableType:
+                return column.render(task) if task.total else ""
+
+        return Column()
+
+    columns = (
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        *map(measured, (progress.BarColumn(), progress.DownloadColumn(binary_units=True))),
+        *map(measured, (progress.TransferSpeedColumn(), progress.TimeRemainingColumn(compact=True))),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("Starting", total=None)
+        current = ""
+
+        def show(text: str, done: int = 0, total: int = 0) -> None:
+            nonlocal current
+            if text != current:
+                current = text
+                shown.reset(task, total=total or None, description=escape(text))
+            shown.update(task, completed=done, total=total or None)
+
+        yield show
+
+
+def _silent(text: str, done: int = 0, total: int = 0) -> None:
+    """Shows no progress."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Where a model comes from: ``torchvision:NAME``, ``timm:NAME`` or ``package.module:factory``.
+"""Where a model comes from: a zoo's name, a folder of transformers, or a function ``package.module:factory``.
 
 Nothing is ever downloaded: the zoos give the architecture, a checkpoint gives the weights.
 """
@@ -6,6 +6,7 @@ Nothing is ever downloaded: the zoos give the architecture, a checkpoint gives t
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -19,30 +20,53 @@ from typing import Any
 
 from torch import nn
 
+from renormify.configurations import build_configured, configuration_of, configured_shape
 from renormify.errors import MissingExtraError, ModelSourceError, one_line
 
-__all__ = ["build_model", "input_shapes", "names_code", "nearest"]
+__all__ = ["build_model", "configuration_of", "folder_of", "input_shapes", "names_code", "nearest"]
 
-_GRAMMAR = "torchvision:NAME, timm:NAME or package.module:factory"
+_GRAMMAR = "torchvision:NAME, timm:NAME, transformers:DIR or package.module:factory"
+# What a zoo would fetch, or read from anywhere; a file may carry keywords, and must not choose that.
+_FETCHING = frozenset(
+    {"cache_dir", "checkpoint_path", "hub_id", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+    | {"pretrained_backbone", "trust_remote_code", "use_pretrained_backbone", "weights", "weights_backbone"}
+)
+_FARTHEST = 100  # characters of a name that is worth comparing with others
 
 
-def build_model(source: str) -> nn.Module:
+def build_model(
+    source: str, kwargs: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Builds the model that a source names, with fresh weights.
 
     A factory runs with the current directory importable, as under ``python -m``.
 
     Args:
-        source: ``torchvision:NAME``, ``timm:NAME`` or ``package.module:factory``; the factory may be a dotted
-            path (``module:Class.method``), takes no arguments and returns an ``nn.Module``.
+        source: ``torchvision:NAME``, ``timm:NAME``, ``transformers:DIR`` (with a ``config.json``) or
+            ``package.module:factory``; the factory may be a dotted path (``module:Class.method``) and returns
+            an ``nn.Module``.
+        kwargs: keyword arguments of the zoo's builder or the factory; settings of a configuration to change.
+        config: a configuration of transformers that was recorded, taken instead of the folder's.
 
     Raises:
         ModelSourceError: the source names nothing, or its factory fails or returns something else.
-        MissingExtraError: torchvision or timm is not installed.
+        MissingExtraError: torchvision, timm or transformers is not installed.
     """
+    kwargs = dict(kwargs or {})
     kind, colon, name = source.strip().partition(":")
     if not colon or not kind or not name:
         raise ModelSourceError(f"{source!r} is not a model source; expected {_GRAMMAR}{_hint(source)}")
-    return _BUILDERS[kind](name) if kind in _BUILDERS else _from_factory(kind, name)
+    if kind not in _BUILDERS:
+        return _from_factory(kind, name, kwargs)
+    if fetching := sorted(_FETCHING & kwargs.keys()):
+        raise ModelSourceError(
+            f"--kwargs: {fetching[0]!r} is not for here: the model is built without weights, and a "
+            "checkpoint brings them"
+        )
+    if kind == "transformers":
+        with _silence():
+            return build_configured(name, kwargs, config)
+    return _BUILDERS[kind](name, kwargs)
 
 
 def input_shapes(source: str, model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
@@ -52,7 +76,7 @@ def input_shapes(source: str, model: nn.Module) -> tuple[tuple[int, ...], ...] |
     where neither does.
     """
     kind, _, name = source.partition(":")
-    shape = _torchvision_shape(name) if kind == "torchvision" else _configured_shape(model)
+    shape = _torchvision_shape(name) if kind == "torchvision" else configured_shape(model)
     return None if shape is None else (shape,)
 
 
@@ -61,44 +85,47 @@ def names_code(source: str) -> bool:
     return source.partition(":")[0] not in _BUILDERS
 
 
+def folder_of(source: str) -> Path | None:
+    """The folder that a source names, which may hold the weights too."""
+    kind, _, name = source.partition(":")
+    return Path(name) if kind == "transformers" else None
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The end of an error message: ``"; did you mean a, b?"``, or nothing where nothing is near."""
+    if len(name) > _FARTHEST:
+        return ""
     by_lower = {known.lower(): known for known in names}
     near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
     return f"; did you mean {', '.join(by_lower[key] for key in near)}?" if near else ""
 
 
-def _from_torchvision(name: str) -> nn.Module:
+def _from_torchvision(name: str, given: Mapping[str, Any]) -> nn.Module:
     models = _zoo("torchvision", "torchvision.models")
     if name not in models.list_models():
-        raise ModelSourceError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
+        near = nearest(name, models.list_models())
+        raise ModelSourceError(f"torchvision has no model {name[:_FARTHEST]!r}{near}")
     builder = models.get_model_builder(name)
     # Detection and segmentation models would otherwise fetch the weights of their backbone.
     kwargs = {"weights": None} | (
         {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     )
-    return _checked(lambda: builder(**kwargs), f"torchvision:{name}")
+    return _checked(builder, kwargs | dict(given), f"torchvision:{name}")
 
 
-def _from_timm(name: str) -> nn.Module:
+def _from_timm(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     timm = _zoo("timm", "timm")
     # is_model() is asked first, so that create_model() never sees a name that it would look up on the hub.
     if "/" in name or ":" in name or not timm.is_model(name):
-        raise ModelSourceError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
-    return _checked(lambda: timm.create_model(name, pretrained=False), f"timm:{name}")
+        raise ModelSourceError(f"timm has no model {name[:_FARTHEST]!r}{nearest(name, timm.list_models())}")
+    given = {"pretrained": False} | dict(kwargs)
+    return _checked(functools.partial(timm.create_model, name), given, f"timm:{name}")
 
 
-def _from_transformers(name: str) -> nn.Module:
-    raise ModelSourceError(
-        f"transformers:{name}: models of transformers are not supported yet; write a function that builds "
-        "the model and give it as --model package.module:factory"
-    )
-
-
-_BUILDERS: dict[str, Callable[[str], nn.Module]] = {
+_BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
     "torchvision": _from_torchvision,
     "timm": _from_timm,
-    "transformers": _from_transformers,
+    "transformers": build_configured,
 }
 
 
@@ -109,11 +136,11 @@ def _zoo(package: str, module: str) -> Any:
         raise MissingExtraError(package, "zoo", f"for --model {package}:NAME") from error
 
 
-def _from_factory(module_name: str, path: str) -> nn.Module:
+def _from_factory(module_name: str, path: str, kwargs: Mapping[str, Any]) -> nn.Module:
     source = f"{module_name}:{path}"
     with _current_directory():
         module = _import(module_name, source)
-        return _checked(_resolve(module, path, source), source)
+        return _checked(_resolve(module, path, source), kwargs, source)
 
 
 def _import(name: str, source: str) -> ModuleType:
@@ -135,7 +162,7 @@ def _import(name: str, source: str) -> ModuleType:
         raise ModelSourceError(f"--model {source}: importing {name} failed: {one_line(error)}") from error
 
 
-def _resolve(module: ModuleType, path: str, source: str) -> Callable[[], Any]:
+def _resolve(module: ModuleType, path: str, source: str) -> Callable[..., Any]:
     found: Any = module
     for attribute in path.split("."):
         try:
@@ -152,23 +179,31 @@ def _resolve(module: ModuleType, path: str, source: str) -> Callable[[], Any]:
             f"--model {source}: {path} is of type {type(found).__name__}; "
             "expected a function that returns a model"
         )
-    factory: Callable[[], Any] = found
+    factory: Callable[..., Any] = found
     return factory
 
 
-def _checked(factory: Callable[[], Any], source: str) -> nn.Module:
+def _checked(factory: Callable[..., Any], kwargs: Mapping[str, Any], source: str) -> nn.Module:
     try:
-        with warnings.catch_warnings():
-            # What a zoo or a user's factory warns of while it builds is no business of this conversion.
-            warnings.simplefilter("ignore")
-            model = factory()
+        with _silence():
+            model = factory(**kwargs)
     except (Exception, SystemExit) as error:
-        raise ModelSourceError(f"--model {source}: the factory failed with {one_line(error)}") from error
+        raise ModelSourceError(
+            f"--model {source}: the factory failed with {one_line(error)}{_unknown_keyword(factory, kwargs)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ModelSourceError(
             f"--model {source}: the factory returned {type(model).__name__}; expected a torch.nn.Module"
         )
     return model
+
+
+def _unknown_keyword(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> str:
+    try:
+        names = list(inspect.signature(factory).parameters)
+    except (TypeError, ValueError):
+        return ""
+    return next((near for key in kwargs if key not in names and (near := nearest(key, names))), "")
 
 
 @contextmanager
@@ -206,13 +241,12 @@ def _torchvision_shape(name: str) -> tuple[int, ...] | None:
     return (1, 3, max(16, default.meta.get("min_temporal_size", 16)), size[0], size[1])
 
 
-def _configured_shape(model: nn.Module) -> tuple[int, ...] | None:
-    for attribute in ("pretrained_cfg", "default_cfg"):
-        config = getattr(model, attribute, None)
-        size = config.get("input_size") if isinstance(config, Mapping) else None
-        if size:
-            return (1, *(int(length) for length in size))
-    return None
+@contextmanager
+def _silence() -> Iterator[None]:
+    # What a zoo or a user's factory warns of while it builds is no business of this conversion.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _hint(source: str) -> str:

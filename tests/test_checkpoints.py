@@ -241,8 +241,8 @@ def test_files_that_are_no_checkpoints_are_told_what_they_are(tmp_path, content,
         (torch.ones(3), "a single tensor"),
         ([torch.ones(3)], "type list"),
         ({}, "empty mapping"),
-        ({"epoch": 1, "state_dict": {}}, "keys are 'epoch', 'state_dict'"),
-        ({"a": torch.ones(1), "lr": 0.1}, "keys are 'a', 'lr'"),
+        ({"epoch": 1, "state_dict": {}}, "the keys 'epoch', 'state_dict'"),
+        ({"a": torch.ones(1), "lr": 0.1}, "the keys 'a', 'lr'"),
     ],
 )
 def test_files_without_a_state_dict_say_what_they_hold(tmp_path, saved, words):

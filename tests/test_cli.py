@@ -282,7 +282,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch, command):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("renormify.checkpoints.torch.save", interrupt)
+    monkeypatch.setattr("renormify.writers.torch.save", interrupt)
     monkeypatch.setattr(onnx, "export_onnx", interrupt, raising=False)
     result = invoke(command, WEIGHTS, *MODEL, *SHAPE, "-o", tmp_path / "a.pt", code=130)
     assert "Traceback" not in result.output

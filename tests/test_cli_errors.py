@@ -114,7 +114,7 @@ CASES = [
     ("model name", f"convert good.pth --model torchvision:resnt18 {OUT}", 2, "did you mean resnet18"),
     ("timm name", f"convert good.pth --model timm:resnt18 {OUT}", 2, "did you mean resnet18"),
     ("no source", f"convert good.pth --model resnet18 {OUT}", 2, "perhaps torchvision:resnet18"),
-    ("transformers", f"convert good.pth --model transformers:x {OUT}", 2, "not supported yet"),
+    ("transformers", f"convert good.pth --model transformers:x {OUT}", 2, "cannot read x/config.json"),
     ("unknown module", f"convert good.pth --model nope_nope:f {OUT}", 2, "no module 'nope_nope'"),
     (
         "factory fails",
@@ -263,7 +263,7 @@ def test_help_has_examples_and_costs_no_torch():
         "heavy = {{'torch', 'numpy', 'onnx', 'onnxruntime', 'safetensors', 'torchvision', 'timm'}}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    for command in ("inspect", "convert", "export", "verify", "demo"):
+    for command in ("inspect", "convert", "export", "verify", "demo", "doctor", "report"):
         result = subprocess.run(
             [sys.executable, "-c", code.format(command)],
             capture_output=True,

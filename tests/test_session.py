@@ -210,7 +210,7 @@ def test_ctrl_c_while_it_writes(folder, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("renormify.checkpoints.torch.save", interrupt)
+    monkeypatch.setattr("renormify.writers.torch.save", interrupt)
     result = invoke("convert", *source("net"), *SHAPE, "-o", "out.pt", code=130)
     assert result.stderr == "renormify: error: interrupted; nothing was written\n"
     assert written(folder) == []

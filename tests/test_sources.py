@@ -67,11 +67,12 @@ def test_unknown_models_suggest_near_ones():
     assert "did you mean mobilenet_v2" in refusal("torchvision:mobilnet_v2")
     assert "did you mean resnet18" in refusal("timm:resnt18")
     assert "no model 'hf-hub:a/b'" in refusal("timm:hf-hub:a/b")
-    assert "transformers are not supported yet" in refusal("transformers:some/dir")
+    assert "expected a folder with the config.json" in refusal("transformers:some/dir")
     assert "torchvision:resnet18 or timm:resnet18" in refusal("resnet18")
     assert "did you mean torchvision" in refusal("torchvison:resnet18")
+    grammar = "torchvision:NAME, timm:NAME, transformers:DIR or package.module:factory"
     for source in ("", ":", "a:", ":b", "no_such_module:f"):
-        assert "expected torchvision:NAME, timm:NAME or package.module:factory" in refusal(source)
+        assert f"expected {grammar}" in refusal(source)
 
 
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
