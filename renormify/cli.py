@@ -146,6 +146,14 @@ Html = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every site.")]
 BatchSizes = Annotated[str, typer.Option("--batch-sizes", metavar="N,...", help="Batch sizes to compare at.")]
+Thorough = Annotated[
+    bool,
+    typer.Option(
+        "--thorough",
+        help="Compare on normal, large and zero inputs too, at each optimisation level of onnxruntime, and "
+        "layer by layer.",
+    ),
+]
 RMax = Annotated[float, typer.Option("--r-max", help="Limit of the scale correction r.")]
 DMax = Annotated[float, typer.Option("--d-max", help="Limit of the shift correction d.")]
 Momentum = Annotated[
@@ -269,6 +277,7 @@ def export(
         bool, typer.Option("--fold/--no-fold", help="Fold the norms into their neighbours.")
     ] = True,
     opset: Annotated[int | None, typer.Option("--opset", show_default=False, help="The ONNX opset.")] = None,
+    thorough: Thorough = False,
     force: Force = False,
     verbose: Verbose = False,
     html: Html = None,
@@ -281,7 +290,7 @@ def export(
         from renormify import commands
 
         document = commands.export_checkpoint(
-            request, output, batch_sizes=sizes, fold=fold, opset=opset, force=force
+            request, output, batch_sizes=sizes, fold=fold, opset=opset, thorough=thorough, force=force
         )
         session.finish(document)
 
@@ -334,7 +343,8 @@ def fold(
 @app.command(
     epilog="Examples:\n\n"
     "renormify verify model.onnx renorm.safetensors\n\n"
-    "renormify verify model.onnx net.pth --model timm:resnet18 --batch-sizes 1,8"
+    "renormify verify model.onnx net.pth --model timm:resnet18 --batch-sizes 1,8 --thorough\n\n"
+    "renormify verify model.onnx renorm.safetensors --runtime onnxruntime --runtime openvino --data images"
 )
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", show_default=False)],
@@ -343,16 +353,45 @@ def verify(
     weights: Weights = None,
     input_shape: Shape = None,
     batch_sizes: BatchSizes = "1,2,7",
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            show_default=False,
+            help="onnxruntime (the default), onnxruntime-basic, onnxruntime-off or openvino; "
+            "may be given several times.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER|FILE.npz",
+            show_default=False,
+            help="Compare on these images, or this array (N, ...), rather than on random numbers.",
+        ),
+    ] = None,
+    thorough: Thorough = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every comparison.")] = False,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Compare an ONNX file with the model that it was made from."""
-    with session_of(as_json, html) as session:
+    with session_of(as_json, html, full=verbose) as session:
         sizes = _batch_sizes(batch_sizes)
         request = session.request(checkpoint, weights, model, _shapes(input_shape), reads=file)
         from renormify import commands
+        from renormify.samples import Samples
 
-        document = commands.verify_file(file, request, batch_sizes=sizes)
+        document = commands.verify_file(
+            file,
+            request,
+            batch_sizes=sizes,
+            runtimes=runtime or (),
+            samples=None if data is None else Samples(data, batch_size=1, max_batches=max(sizes)),
+            thorough=thorough,
+        )
         session.finish(document)
 
 

@@ -216,7 +216,7 @@ def _parity(parity: Mapping[str, Any], full: bool) -> Section:
     }
     figures = {"max abs": "max_abs", "max rel": "max_rel"}
     if full:
-        figures |= {"ulp": "max_ulp", "cosine off 1": "cosine", "top-1": "top1"}
+        figures |= {"ulp": "max_ulp", "1 - cosine": "cosine", "top-1": "top1"}
     figures |= {"float noise": "floor", "tolerance": "tolerance"}
     rows = tuple(
         (
