@@ -58,6 +58,19 @@ def said(parity: Parity) -> str:
     return " ".join(parity.notes)
 
 
+@pytest.fixture(scope="module")
+def mobilenet(
+    mobilenet_v2: Callable[[], Loaded], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[nn.Module, Tensor, dict[bool, bytes]]:
+    """Trained weights, and the file of them as it is exported unfolded and folded."""
+    torch.manual_seed(0)
+    model, x = mobilenet_v2()
+    path, files = tmp_path_factory.mktemp("mobilenet") / "m.onnx", {}
+    for fold in (False, True):
+        files[fold] = export_onnx(model, x, path, fold=fold).path.read_bytes()
+    return model, x, files
+
+
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize(
     ("broken", "norm"),
@@ -69,10 +82,21 @@ def said(parity: Parity) -> str:
     ],
 )
 def test_one_weight_of_trained_mobilenet(
-    broken: str, norm: str | None, fold: bool, mobilenet_v2: Callable[[], Loaded], tmp_path: Path
+    broken: str,
+    norm: str | None,
+    fold: bool,
+    mobilenet: tuple[nn.Module, Tensor, dict[bool, bytes]],
+    tmp_path: Path,
 ) -> None:
-    model, x = mobilenet_v2()
-    path = break_layer(export_onnx(model, x, tmp_path / "m.onnx", fold=fold).path, broken)
+    model, x, files = mobilenet
+    (tmp_path / "m.onnx").write_bytes(files[fold])
+    # In its liveliest channel: some are dead, and what is changed there nobody can see.
+    live = 0 if norm is None else int(model.get_submodule(norm).weight.abs().argmax())
+
+    def change(weight: np.ndarray) -> None:
+        weight[live].flat[0] += np.float32(1e-3)
+
+    path = break_layer(tmp_path / "m.onnx", broken, change)
     parity = verify_onnx(model, path, x, batch_sizes=(2,))
     assert not parity.passed
     # Folded, the Conv's own output is nowhere in the file.
@@ -93,8 +117,6 @@ def test_the_file_runs_a_logarithm_of_times(tmp_path: Path, monkeypatch: pytest.
         return outputs
 
     monkeypatch.setattr(OnnxRuntime, "run", counted)
-    assert verify_onnx(model, path, x, batch_sizes=(2,), atol=0.0).first_divergence is not None
-    runs.clear()
     assert verify_onnx(model, path, x, batch_sizes=(2,), atol=1e-30).first_divergence == "37"
     assert 0 < len(runs) <= 1 + 7
     assert set(runs) == {1}  # a chain has one value alive at every cut
@@ -227,7 +249,7 @@ def test_behind_the_last_layer(tmp_path: Path) -> None:
     other.load_state_dict(model.state_dict())
     parity = verify_onnx(model, export_onnx(other, x, tmp_path / "m.onnx").path, x)
     assert parity.first_divergence is None
-    assert "every layer agrees up to fc, the last that can be compared" in said(parity)
+    assert "every layer agrees within its noise up to fc, the last that can be compared" in said(parity)
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

@@ -108,8 +108,8 @@ def find_divergence(model: Any, path: Path, answer: Answer, runtime: str) -> Div
         return Divergence(None, f"the search failed: {errors.one_line(error)}")
     seen = probe.compared()
     if high == len(probe.layers):
-        last = probe.layers[-1].name
-        return Divergence(None, f"every layer agrees up to {last}, the last that can be compared", seen)
+        reason = f"every layer agrees within its noise up to {probe.layers[-1].name}"
+        return Divergence(None, f"{reason}, the last that can be compared", seen)
     layer = probe.layers[high]
     reason = probe.found[high].reason
     if layer.merged:
@@ -186,8 +186,8 @@ class _Probe:
         real = own if truth is None else truth
         noise = measure([own], None if truth is None else [truth]) if comparable(own) else None
         if noise is not None and noise.spread is not None:
-            # It was measured in this one batch and not over several: what it says is less sure.
-            noise = replace(noise, allowed=2 * noise.allowed, spread=2 * noise.spread)
+            # It was measured in this batch alone, and torch's own root mean square varies between batches.
+            noise = replace(noise, spread=2 * noise.spread)
         kernel = kernel_error(self.runtime, self.makers.get(layer.value, ""))
         found = deviation(as_tensor(output, own.dtype), own, real, noise, kernel=kernel)
         largest = float(real.double().abs().max()) if real.numel() else 0.0

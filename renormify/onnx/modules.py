@@ -30,13 +30,13 @@ class Call:
     Attributes:
         order: when it ended, among all calls.
         source: the module whose output it was given untouched as its first argument, or "".
-        state: whether the module, having none inside it, has parameters or buffers: without a node of its own
-            in the file it was folded.
+        affine: whether the module, having none inside it, has parameters or buffers and no weight of a rank
+            above 1, as a norm: without a node of its own in the file it was folded.
     """
 
     order: int
     source: str
-    state: bool
+    affine: bool
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ def calls_of(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Call]:
             source, version = getattr(first, "_renormify_source", ("", -1))
             if first is None or version != first._version:  # an operation in place came between
                 source = ""
-            state = not any(module.children()) and bool([*module.parameters(), *module.buffers()])
+            ranks = [tensor.ndim for tensor in (*module.parameters(), *module.buffers())]
+            affine = not any(module.children()) and max(ranks, default=2) < 2
             plain = isinstance(output, Tensor)
-            calls.setdefault(name, []).append(Call(ended, source, state) if plain else None)
+            calls.setdefault(name, []).append(Call(ended, source, affine) if plain else None)
             if plain:
                 output._renormify_source = (name, output._version)
 
@@ -108,7 +109,7 @@ def layers_of(graph: ir.Graph, calls: dict[str, Call]) -> list[Layer]:
         name for node in graph for name in _folded(node)
     }
     for name, call in calls.items():  # another tool folded it and does not say so
-        if call.state and name not in named:
+        if call.affine and name not in named:
             _move(call.source, name, calls, values, merged)
     return _connected(graph, values, merged)
 
