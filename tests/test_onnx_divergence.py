@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from renormify.onnx import Parity, export_onnx, verify_onnx
+from renormify.onnx import Parity, export_onnx, fold_onnx, verify_onnx
 from renormify.onnx.runtimes import OnnxRuntime
 
 Loaded = tuple[nn.Module, Tensor]
@@ -62,13 +62,13 @@ def said(parity: Parity) -> str:
 def mobilenet(
     mobilenet_v2: Callable[[], Loaded], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[nn.Module, Tensor, dict[bool, bytes]]:
-    """Trained weights, and the file of them as it is exported unfolded and folded."""
+    """Trained weights, and the file of them unfolded and folded."""
     torch.manual_seed(0)
     model, x = mobilenet_v2()
-    path, files = tmp_path_factory.mktemp("mobilenet") / "m.onnx", {}
-    for fold in (False, True):
-        files[fold] = export_onnx(model, x, path, fold=fold).path.read_bytes()
-    return model, x, files
+    folder = tmp_path_factory.mktemp("mobilenet")
+    unfolded = export_onnx(model, x, folder / "unfolded.onnx", fold=False).path
+    fold_onnx(unfolded, folder / "folded.onnx")
+    return model, x, {False: unfolded.read_bytes(), True: (folder / "folded.onnx").read_bytes()}
 
 
 @pytest.mark.parametrize("fold", [False, True])

@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from renormify import errors
-from renormify.onnx.comparison import OutputParity, Setting, as_tensor, compare, deviation, failure
+from renormify.onnx.comparison import OutputParity, Setting, compare, failure
 from renormify.onnx.divergence import LayerParity, find_divergence, profile
 from renormify.onnx.examples import as_arguments, evaluating, unwrapped
 from renormify.onnx.precision import kernel_error, makers
@@ -271,7 +271,8 @@ def _judge(
             own = answer.outputs[position]
             record = compare(title, at, output, own, truth, noise, kernel=kernel, given=given)
             if not record.passed:
-                record = replace(record, reason=record.reason + _swapped(output, position, reference, answer))
+                others = _swapped(at, output, position, reference, answer)
+                record = replace(record, reason=record.reason + others)
             records.append(record)
         for position in range(len(outputs), len(answer.outputs)):
             records.append(failure(f"(output {position})", at, f"{counts}: this one is missing"))
@@ -295,13 +296,12 @@ def _baked(graph: onnx.GraphProto | None, answer: Answer) -> str:
     return ""
 
 
-def _swapped(output: Array, position: int, reference: Reference, answer: Answer) -> str:
+def _swapped(at: Setting, output: Array, position: int, reference: Reference, answer: Answer) -> str:
     """Say that the output is another one of the model's, or ""."""
     for other, own in enumerate(answer.outputs):
         noise = reference.noise[other]
-        same_kind = noise is not None and output.shape == own.shape and output.dtype == to_numpy(own).dtype
-        if other != position and same_kind:
-            truth = own if answer.truth is None else answer.truth[other]
-            if not deviation(as_tensor(output, own.dtype), own, truth, noise).reason:
+        if other != position and noise is not None:
+            truth = None if answer.truth is None else answer.truth[other]
+            if compare("", at, output, own, truth, noise).passed:
                 return f"; it is what the model returns as output {other}: the outputs are out of order"
     return ""
