@@ -34,6 +34,8 @@ __all__ = ["Divergence", "LayerParity", "find_divergence", "profile"]
 
 _AT_ONCE = 8
 _PROFILED = 64
+_CALLABLE = "the layers of a plain callable have no names"
+_UNNAMED = "the file does not say which layers its nodes come from, as torch's exporter does"
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,11 @@ def find_divergence(model: Any, path: Path, answer: Answer, runtime: str) -> Div
         runtime: the runtime on which they do.
     """
     if not isinstance(model, nn.Module):
-        return Divergence(None, "the layers of a plain callable have no names")
+        return Divergence(None, _CALLABLE)
     try:
         probe = _Probe(model, path, answer, runtime)
         if not probe.layers:
-            return Divergence(
-                None, "the file does not say which layers its nodes come from, as torch's exporter does"
-            )
+            return Divergence(None, _UNNAMED)
         low, high = -1, len(probe.layers)
         while high - low > 1:
             middle = (low + high) // 2
@@ -117,16 +117,25 @@ def find_divergence(model: Any, path: Path, answer: Answer, runtime: str) -> Div
     return Divergence(layer.name, reason, seen)
 
 
-def profile(model: Any, path: Path, answer: Answer, runtime: str) -> tuple[LayerParity, ...]:
-    """Compare layers over the whole depth of the network, all or evenly chosen ones, a few at a time."""
+def profile(model: Any, path: Path, answer: Answer, runtime: str) -> Divergence:
+    """Compare layers over the whole depth of the network, all or evenly chosen ones, a few at a time.
+
+    Returns:
+        The layers, or in ``reason`` why there are none; it names no layer, since not all are looked at.
+    """
     if not isinstance(model, nn.Module):
-        return ()
-    probe = _Probe(model, path, answer, runtime)
-    count = len(probe.layers)
-    chosen = sorted({round(k * (count - 1) / (_PROFILED - 1)) for k in range(_PROFILED)} if count else ())
-    for start in range(0, len(chosen), _AT_ONCE):
-        probe.ask(chosen[start : start + _AT_ONCE])
-    return probe.compared()
+        return Divergence(None, _CALLABLE)
+    try:
+        probe = _Probe(model, path, answer, runtime)
+        count = len(probe.layers)
+        if not count:
+            return Divergence(None, _UNNAMED)
+        chosen = sorted({round(k * (count - 1) / (_PROFILED - 1)) for k in range(_PROFILED)})
+        for start in range(0, len(chosen), _AT_ONCE):
+            probe.ask(chosen[start : start + _AT_ONCE])
+    except Exception as error:  # of the runtime, of the user's forward
+        return Divergence(None, f"they cannot be run: {errors.one_line(error)}")
+    return Divergence(None, "", probe.compared())
 
 
 class _Probe:

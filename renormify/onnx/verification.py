@@ -169,7 +169,10 @@ def verify_onnx(
     elif any(not record.passed for record in records if not record.variant):
         notes.append(f"{_UNKNOWN}: the file gave no output that could be compared")
     elif layers and last is not None:
-        seen = profile(model, checked, last, runtimes[0])
+        depth = profile(model, checked, last, runtimes[0])
+        seen = depth.layers
+        if depth.reason:
+            notes.append(f"no layers were compared: {depth.reason}")
     return Parity(checked, tuple(records), first, tuple(dict.fromkeys(notes)), seen)
 
 
