@@ -41,6 +41,7 @@ from renormify.options import (
     Shape,
     Stat,
     StatOption,
+    Thorough,
     TrustPickle,
     Verbose,
     Weights,
@@ -273,6 +274,7 @@ def export(
         bool, typer.Option("--fold/--no-fold", help="Fold the norms into their neighbours.")
     ] = True,
     opset: Annotated[int | None, typer.Option("--opset", show_default=False, help="The ONNX opset.")] = None,
+    thorough: Thorough = False,
     force: Force = False,
     verbose: Verbose = False,
     html: Html = None,
@@ -293,7 +295,7 @@ def export(
         from renormify import commands
 
         document = commands.export_checkpoint(
-            request, output, batch_sizes=sizes, fold=fold, opset=opset, force=force
+            request, output, batch_sizes=sizes, fold=fold, opset=opset, thorough=thorough, force=force
         )
         session.finish(document)
 
@@ -346,7 +348,8 @@ def fold(
 @app.command(
     epilog="Examples:\n\n"
     "renormify verify model.onnx renorm.safetensors\n\n"
-    "renormify verify model.onnx net.pth --model timm:resnet18 --batch-sizes 1,8"
+    "renormify verify model.onnx net.pth --model timm:resnet18 --batch-sizes 1,8 --thorough\n\n"
+    "renormify verify model.onnx renorm.safetensors --runtime onnxruntime --runtime openvino --data images"
 )
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", show_default=False)],
@@ -359,12 +362,33 @@ def verify(
     trust_pickle: TrustPickle = False,
     input_shape: Shape = None,
     batch_sizes: BatchSizes = "1,2,7",
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            show_default=False,
+            help="onnxruntime (the default), onnxruntime-basic, onnxruntime-off or openvino; "
+            "may be given several times.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER|FILE.npz",
+            show_default=False,
+            help="Compare on these images, or this array (N, ...), rather than on random numbers.",
+        ),
+    ] = None,
+    thorough: Thorough = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every comparison.")] = False,
     html: Html = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare an ONNX file with the model that it was made from."""
-    with session_of(as_json, html, quiet=quiet) as session:
+    with session_of(as_json, html, full=verbose, quiet=quiet) as session:
         sizes = batch_sizes_of(batch_sizes)
         request = session.request(
             checkpoint,
@@ -375,8 +399,16 @@ def verify(
             reading=Reading(kwargs_of(kwargs), key, prefix, trust_pickle),
         )
         from renormify import commands
+        from renormify.samples import Samples
 
-        document = commands.verify_file(file, request, batch_sizes=sizes)
+        document = commands.verify_file(
+            file,
+            request,
+            batch_sizes=sizes,
+            runtimes=runtime or (),
+            samples=None if data is None else Samples(data, batch_size=1, max_batches=max(sizes)),
+            thorough=thorough,
+        )
         session.finish(document)
 
 

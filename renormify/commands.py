@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -257,9 +258,20 @@ def export_checkpoint(
     batch_sizes: Sequence[int] = (1, 2, 7),
     fold: bool = True,
     opset: int | None = None,
+    thorough: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Exports to ONNX, compares the file with the model as it was loaded, and only then puts it in place.
+
+    Args:
+        request: which model.
+        output: the file to write.
+        batch_sizes: to compare at.
+        fold: whether to fold the norms.
+        opset: of the file, or None for the exporter's own choice.
+        thorough: whether to compare the converted model and the unfolded file with it too, on every kind of
+            input and at every optimisation level.
+        force: whether to replace a file.
 
     Returns:
         The document; ``passed`` tells whether the file was written.
@@ -268,6 +280,7 @@ def export_checkpoint(
         RenormifyError: something given cannot be used, or the model cannot be exported.
     """
     from renormify.onnx import export_onnx, verify_onnx
+    from renormify.onnx.verification import THOROUGH
 
     check_output(output, force=force, inputs=request.inputs)
     subject = load_subject(request)
@@ -282,12 +295,20 @@ def export_checkpoint(
         model = subject.model
     run(model, args)  # says in one line what an exporter would say in pages
     try:
-        with staged(output, force=force, inputs=request.inputs) as target:
+        with (
+            staged(output, force=force, inputs=request.inputs) as target,
+            tempfile.TemporaryDirectory() as folder,
+        ):
             request.progress("Exporting to ONNX")
             export = export_onnx(model, args, target, fold=fold, opset_version=opset)
             request.progress("Comparing the ONNX file with the model")
             # The judge sees the model as it was loaded, which no conversion has touched.
-            parity = verify_onnx(subject.model, target, args, batch_sizes=tuple(batch_sizes))
+            options: dict[str, Any] = {}
+            if thorough:
+                unfolded = Path(folder) / "unfolded.onnx"
+                export_onnx(model, args, unfolded, fold=False, opset_version=opset)
+                options = THOROUGH | {"variants": {"converted model": model, "unfolded file": unfolded}}
+            parity = verify_onnx(subject.model, target, args, batch_sizes=tuple(batch_sizes), **options)
             if not parity.passed:
                 raise _NotProvenError
     except _NotProvenError:
@@ -359,22 +380,51 @@ def fold_file(
     }
 
 
-def verify_file(path: Path, request: Request, *, batch_sizes: Sequence[int] = (1, 2, 7)) -> dict[str, Any]:
+def verify_file(
+    path: Path,
+    request: Request,
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 7),
+    runtimes: Sequence[str] = (),
+    samples: Samples | None = None,
+    thorough: bool = False,
+) -> dict[str, Any]:
     """Compares an ONNX file with a model.
+
+    Args:
+        path: the file.
+        request: which model.
+        batch_sizes: to compare at.
+        runtimes: to run the file with; none given, onnxruntime.
+        samples: the user's data, all of which is the example; None for an example drawn at random.
+        thorough: whether to compare on every kind of input, at every optimisation level of onnxruntime, and
+            layer by layer.
 
     Raises:
         RenormifyError: something given cannot be used.
     """
     from renormify.onnx import verify_onnx
+    from renormify.onnx.verification import THOROUGH
 
     _check_onnx(path)
+    if samples is not None:
+        samples.check()
     subject = load_subject(request)
-    args = subject.args()
+    document = subject.document("verify") | {"onnx": path}
+    if samples is None:
+        args = subject.args()
+    else:
+        floating = (p.dtype for p in subject.model.parameters() if p.dtype.is_floating_point)
+        shape = subject.shapes[0] if subject.shapes else None
+        args = (torch.cat(samples.batches(shape, next(floating, torch.float32))),)
+        document["data"] = samples.to_dict()
     run(subject.model, args)
     request.progress("Comparing the ONNX file with the model")
-    parity = verify_onnx(subject.model, path, args, batch_sizes=tuple(batch_sizes))
-    return subject.document("verify") | {
-        "onnx": path,
+    options: dict[str, Any] = dict(THOROUGH) if thorough else {}
+    if runtimes:
+        options["runtimes"] = tuple(runtimes)
+    parity = verify_onnx(subject.model, path, args, batch_sizes=tuple(batch_sizes), **options)
+    return document | {
         "parity": parity.to_dict(),
         "passed": parity.passed,
         "reason": _disparity(path, parity),
@@ -455,6 +505,7 @@ def _disparity(path: Path, parity: Parity) -> str | None:
     return (
         f"{path} is not proven to be the model: {len(failed)} of {len(parity.outputs)} comparisons failed, "
         f"the first {first.name} at batch size {first.batch_size}: {first.reason}"
+        + (f"; the first layer that diverges is {parity.first_divergence}" if parity.first_divergence else "")
     )
 
 

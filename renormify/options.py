@@ -85,6 +85,14 @@ Html = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every site.")]
 BatchSizes = Annotated[str, typer.Option("--batch-sizes", metavar="N,...", help="Batch sizes to compare at.")]
+Thorough = Annotated[
+    bool,
+    typer.Option(
+        "--thorough",
+        help="Compare on normal, large and zero inputs too, at each optimisation level of onnxruntime, and "
+        "layer by layer.",
+    ),
+]
 RMax = Annotated[float, typer.Option("--r-max", help="Limit of the scale correction r.")]
 DMax = Annotated[float, typer.Option("--d-max", help="Limit of the shift correction d.")]
 Momentum = Annotated[

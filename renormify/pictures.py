@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["quantile_bands"]
+__all__ = ["error_curves", "quantile_bands"]
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 880, 220, 48, 22, 18
 
@@ -64,6 +64,58 @@ def quantile_bands(
         parts.append(
             f'<rect class="layer" x="{left:.1f}" y="{top}" width="{across:.1f}" height="{height}">'
             f"<title>{escape(name)}: {quantiles[i][middle]:.3g}</title></rect>"
+        )
+    caption = f"{names[0]} to {names[-1]}, {len(names)} layers" if names else "no layer"
+    parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{escape(caption)}</text></svg>')
+    return "".join(parts)
+
+
+def error_curves(
+    title: str,
+    names: Sequence[str],
+    positions: Sequence[float],
+    curves: Mapping[str, Sequence[float | None]],
+) -> str:
+    """Errors over the depth of a network, on a logarithmic axis that holds them all.
+
+    Args:
+        title: what is shown.
+        names: of the layers, from the first to the last; a layer's name shows under the pointer.
+        positions: of the layers across the picture, ascending from 0 to 1.
+        curves: by the class of its line in the page's style, the errors of the layers. None and 0, which such
+            an axis does not have, are left out.
+
+    Returns:
+        An ``<svg>`` element in the page's own colours.
+    """
+    drawn = [value for values in curves.values() for value in values if value]
+    low = math.floor(math.log10(min(drawn, default=1e-7)))
+    high = max(math.ceil(math.log10(max(drawn, default=1e-6))), low + 1)
+    height, width = _HEIGHT - _TOP - _BOTTOM, _WIDTH - _LEFT - 8
+
+    def x(index: int) -> float:
+        return _LEFT + positions[index] * width
+
+    def y(exponent: float) -> float:
+        return _TOP + (high - exponent) / (high - low) * height
+
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f'<text x="{_LEFT}" y="14">{escape(title)}</text>',
+    ]
+    for exponent in range(low, high + 1, max(1, math.ceil((high - low) / 8))):
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(exponent):.1f}">1e{exponent}</text>')
+    for kind, values in curves.items():
+        points = [f"{x(i):.1f},{y(math.log10(value)):.1f}" for i, value in enumerate(values) if value]
+        parts.append(f'<polyline class="{escape(kind)} curve" points="{" ".join(points)}"/>')
+    first = next(iter(curves.values()), ())
+    for i, name in enumerate(names):
+        left = (x(i - 1) + x(i)) / 2 if i else x(i) - 3
+        right = (x(i) + x(i + 1)) / 2 if i + 1 < len(names) else x(i) + 3
+        said = f"{first[i]:.3g}" if i < len(first) and first[i] is not None else "not finite"
+        parts.append(
+            f'<rect class="layer" x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" height="{height}">'
+            f"<title>{escape(name)}: {said}</title></rect>"
         )
     caption = f"{names[0]} to {names[-1]}, {len(names)} layers" if names else "no layer"
     parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{escape(caption)}</text></svg>')

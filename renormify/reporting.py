@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from renormify import __version__
 from renormify.errors import InputError, MissingExtraError, one_line
-from renormify.pictures import quantile_bands
+from renormify.pictures import error_curves, quantile_bands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +109,7 @@ def sections(document: Mapping[str, Any], *, full: bool = False) -> tuple[Sectio
     if document.get("export") is not None:
         found.append(_export(document["export"], full))
     if document.get("parity") is not None:
-        found.append(_parity(document["parity"]))
+        found.append(_parity(document["parity"], full))
     if document.get("diagnosis") is not None:
         found += [_advice(document["diagnosis"]), _layers(document["diagnosis"], full)]
     return tuple(found)
@@ -266,30 +266,80 @@ def _export(export: Mapping[str, Any], full: bool) -> Section:
     )
 
 
-def _parity(parity: Mapping[str, Any]) -> Section:
+def _parity(parity: Mapping[str, Any], full: bool) -> Section:
     outputs = parity.get("outputs", ())
     failed = [record for record in outputs if not record["passed"]]
-    notes = [f"{record['name']}, batch {record['batch_size']}: {record['reason']}" for record in failed]
+    notes = [f"{_compared(record)}: {record['reason']}" for record in failed]
     if parity.get("first_divergence"):
         notes.append(f"first divergence: {parity['first_divergence']}")
     notes += parity.get("notes") or []
+    shown = outputs
+    if not full and len(outputs) > _LONG:
+        shown = failed or sorted(outputs, key=lambda record: -(record.get("tolerance_used") or 0.0))[:_WORST]
+        which = "those that failed" if failed else f"the {len(shown)} that take the most of their tolerance"
+        notes.append(f"listed: {which}")
+    # A column that says the same in each row says nothing.
+    names = {"output": "name", "batch": "batch_size"}
+    names |= {
+        header: key
+        for header, key in (("on", "runtime"), ("inputs", "inputs"), ("variant", "variant"))
+        if len({record.get(key) for record in outputs}) > 1
+    }
+    figures = {"max abs": "max_abs", "max rel": "max_rel"}
+    if full:
+        figures |= {"ulp": "max_ulp", "1 - cosine": "cosine", "top-1": "top1"}
+    figures |= {"float noise": "floor", "tolerance": "tolerance"}
     rows = tuple(
         (
-            str(record["name"]),
-            str(record["batch_size"]),
-            *(_number(record.get(key)) for key in ("max_abs", "max_rel", "floor", "tolerance")),
+            *(str(record.get(key) or "the file") for key in names.values()),
+            *(_figure(key, record.get(key)) for key in figures.values()),
             "-" if record.get("tolerance_used") is None else f"{record['tolerance_used']:.0%}",
             "ok" if record["passed"] else "FAILED",
         )
-        for record in outputs
+        for record in shown
     )
     summary = (
         f"the ONNX file agrees with the model on {len(outputs)} comparisons"
         if parity["passed"]
         else f"{len(failed)} of {len(outputs)} comparisons failed"
     )
-    headers = ("output", "batch", "max abs", "max rel", "float noise", "tolerance", "used", "result")
-    return Section("Parity", summary, bool(parity["passed"]), headers=headers, rows=rows, notes=tuple(notes))
+    headers = (*names, *figures, "used", "result")
+    return Section(
+        "Parity", summary, bool(parity["passed"]), headers, rows, tuple(notes),
+        _depth(parity.get("layers") or ()),
+    )  # fmt: skip
+
+
+def _compared(record: Mapping[str, Any]) -> str:
+    """What was compared, in as few words as tell it from the others."""
+    words = [str(record["name"]), f"batch {record['batch_size']}"]
+    if record.get("variant"):
+        words.insert(0, record["variant"])
+    if record.get("inputs", "example") != "example":
+        words.append(f"{record['inputs']} inputs")
+    if record.get("runtime", "onnxruntime") != "onnxruntime":
+        words.append(record["runtime"])
+    return ", ".join(words)
+
+
+def _figure(key: str, value: float | None) -> str:
+    return _number(1.0 - value) if key == "cosine" and value is not None else _number(value)
+
+
+def _depth(layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The picture of the error over the depth of the network."""
+    if len(layers) < 2:
+        return ()
+    names = [layer["name"] if layer["passed"] else f"{layer['name']} (diverges)" for layer in layers]
+    curves = {
+        "median": [layer["max_rel"] for layer in layers],
+        "mark": [layer["floor"] for layer in layers],
+    }
+    title = (
+        "error over depth: the largest difference of each layer's output from the float64 model, relative to "
+        "its largest value; dashed, torch's own"
+    )
+    return (error_curves(title, names, [layer["position"] for layer in layers], curves),)
 
 
 def _advice(diagnosis: Mapping[str, Any]) -> Section:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 
 from renormify import errors
 from renormify.onnx import Parity, export_onnx, verify_onnx
+from renormify.onnx.precision import kernel_error
+from renormify.onnx.reference import KINDS
+from renormify.onnx.verification import THOROUGH
 
 
 class TwoHeads(nn.Module):
@@ -170,6 +175,10 @@ FAULTS = {
 }
 
 
+# The layer that each is in; what is wrong with the outputs themselves is in none.
+LAYERS = {fault_weight: "body.0", fault_nan: "body.0", fault_inf: "left", fault_eps: "body.1"}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults(fault: Callable[[Any], None], model: nn.Module, path: Path, x: Tensor) -> None:
     assert verify_onnx(model, path, x).passed
@@ -180,7 +189,21 @@ def test_planted_faults(fault: Callable[[Any], None], model: nn.Module, path: Pa
         failed = [record for record in parity.outputs if record.batch_size == size and not record.passed]
         assert failed
     assert FAULTS[fault] in next(record.reason for record in parity.outputs if not record.passed)
+    assert parity.first_divergence == LAYERS.get(fault)
+    assert any(("at " if fault in LAYERS else "is not known: ") in note for note in parity.notes)
     json.dumps(parity.to_dict(), allow_nan=False)
+
+
+def test_swapped_outputs_are_told_by_name(model: nn.Module, path: Path, x: Tensor) -> None:
+    parity = verify_onnx(model, edited(path, fault_swapped), x)
+    assert [record.reason.rpartition("; ")[2] for record in parity.outputs[:2]] == [
+        f"it is what the model returns as output {other}: the outputs are out of order" for other in (1, 0)
+    ]
+
+
+def test_a_nan_in_one_channel_is_told_by_its_number(model: nn.Module, path: Path, x: Tensor) -> None:
+    parity = verify_onnx(model, edited(path, fault_inf), x)
+    assert "all in channel 0" in parity.outputs[0].reason
 
 
 def test_a_baked_batch_size(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
@@ -189,6 +212,7 @@ def test_a_baked_batch_size(model: nn.Module, x: Tensor, tmp_path: Path) -> None
     assert [size for size in (1, 2, 7) if _passed_at(parity, size)] == [2]
     assert all(
         "onnxruntime cannot run the file at batch size" in record.reason
+        and record.reason.endswith("input 'x' has the batch size 2 baked in")
         for record in parity.outputs
         if not record.passed
     )
@@ -312,7 +336,7 @@ def test_bad_input(model: nn.Module, path: Path, x: Tensor, tmp_path: Path) -> N
     for name in ("text.onnx", "empty.onnx"):
         with pytest.raises(errors.CheckpointError, match="is not an ONNX file"):
             verify_onnx(model, tmp_path / name, x)
-    with pytest.raises(errors.InputError, match=r"runtimes among onnxruntime .*tensorrt"):
+    with pytest.raises(errors.InputError, match=r"runtimes among onnxruntime, .*tensorrt"):
         verify_onnx(model, path, x, runtimes=("tensorrt",))
     for sizes in ((0, 1), (-2,), (2.0,), (True,), (), 2, ("2",)):
         with pytest.raises(errors.InputError, match="batch_sizes of integers of at least 1"):
@@ -462,3 +486,92 @@ def test_a_file_that_no_runtime_loads(model: nn.Module, path: Path, x: Tensor) -
     parity = verify_onnx(model, edited(path, unknown_operator), x)
     assert not parity.passed
     assert all(record.reason.startswith("onnxruntime cannot run the file: ") for record in parity.outputs)
+
+
+def test_every_measure_is_what_numpy_makes_of_it(model: nn.Module, path: Path, x: Tensor) -> None:
+    record = verify_onnx(model, path, x, batch_sizes=(2,)).outputs[0]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    theirs = session.run(None, {"x": x.numpy()})[0].astype(np.float64)
+    truth = copy.deepcopy(model).double()(x.double())[0].detach().numpy()
+    error = np.abs(theirs - truth)
+    assert record.max_abs == pytest.approx(error.max())
+    assert record.max_rel == pytest.approx(error.max() / np.abs(truth).max())
+    assert record.max_ulp == pytest.approx((error / np.spacing(np.abs(truth).astype(np.float32))).max())
+    cosine = (theirs * truth).sum() / np.linalg.norm(theirs) / np.linalg.norm(truth)
+    assert record.cosine == pytest.approx(cosine, abs=1e-15)
+
+
+def test_kinds_of_input_variants_and_levels_beside_one_truth(
+    model: nn.Module, path: Path, x: Tensor, tmp_path: Path
+) -> None:
+    folded = export_onnx(model, x, tmp_path / "folded.onnx").path
+    faulty = tmp_path / "faulty.onnx"
+    faulty.write_bytes(path.read_bytes())
+    variants = {
+        "unfolded": path,
+        "twin": copy.deepcopy(model).train(),
+        "faulty": edited(faulty, fault_weight),
+    }
+    parity = verify_onnx(model, folded, x, batch_sizes=(2, 3), variants=variants, **THOROUGH)
+    failed = {record.variant for record in parity.outputs if not record.passed}
+    assert failed == {"faulty"}
+    seen = {(record.variant, record.runtime, record.inputs) for record in parity.outputs}
+    levels, kinds = ("onnxruntime", "onnxruntime-basic", "onnxruntime-off"), KINDS
+    assert kinds == ("example", "normal", "large", "zeros")
+    files = {(name, level, kind) for name in ("", "unfolded", "faulty") for level in levels for kind in kinds}
+    assert seen == files | {("twin", "torch", kind) for kind in kinds}
+    twins = [record for record in parity.outputs if record.variant == "twin"]
+    assert all(record.max_abs is not None and record.max_abs <= (record.floor or 0.0) for record in twins)
+    assert parity.layers
+    assert all(layer.passed for layer in parity.layers)
+    assert parity.first_divergence is None  # the file itself is sound
+
+
+def test_inputs_that_the_model_cannot_take_are_left_out_and_said(tmp_path: Path) -> None:
+    class Logarithm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.log()
+
+    model, x = Logarithm(), torch.rand(2, 8) + 1.0
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+    parity = verify_onnx(model, path, x, inputs=KINDS)
+    assert parity.passed
+    assert {record.inputs for record in parity.outputs} == {"example", "large"}
+    assert sum("inputs were left out: the model's own outputs are not finite" in n for n in parity.notes) == 2
+    with pytest.raises(errors.InputError, match="expected inputs among example, normal, large, zeros"):
+        verify_onnx(model, path, x, inputs=("tiny",))
+
+
+def test_a_sigmoid_is_granted_its_own_precision_and_no_more(tmp_path: Path) -> None:
+    # A channel near 0 has a tolerance of its own size; onnxruntime's kernel is exact to an ulp of 1.
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.Sigmoid(), nn.Unflatten(1, (8, 8))), torch.randn(2, 32)
+    with torch.no_grad():
+        model[0].bias.copy_(torch.linspace(-18, 2, 64))
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+    parity = verify_onnx(model, path, x)
+    assert parity.passed, parity
+
+    def shifted(proto: onnx.ModelProto) -> None:
+        set_weight(proto, lambda bias: bias.__iadd__(np.float32(1e-5)), rank=1)
+
+    assert not verify_onnx(model, edited(path, shifted), x).passed
+    assert 0.0 < kernel_error("onnxruntime", "Sigmoid") < 2 * 2.0**-23
+    assert kernel_error("onnxruntime", "Relu") == 0.0
+
+
+def test_openvino_is_a_judge_too(model: nn.Module, path: Path, x: Tensor) -> None:
+    parity = verify_onnx(model, path, x, runtimes=("onnxruntime", "openvino"))
+    assert parity.passed, parity
+    assert [record.runtime for record in parity.outputs] == ["onnxruntime"] * 6 + ["openvino"] * 6
+    assert parity.outputs[4].max_abs != parity.outputs[10].max_abs  # each has errors of its own
+    parity = verify_onnx(model, edited(path, fault_weight), x, runtimes=("openvino",))
+    assert not parity.passed
+    assert parity.first_divergence == "body.0"
+
+
+def test_without_openvino_the_command_is_said(
+    model: nn.Module, path: Path, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(errors.MissingExtraError, match=r"pip install 'renormify\[openvino\]'"):
+        verify_onnx(model, path, x, runtimes=("openvino",))

@@ -134,7 +134,7 @@ def test_the_page_is_whole_and_needs_nothing_else():
     page.feed(html)
     assert page.open == []
     assert page.links == []
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1  # the page's own, which sorts its tables
     assert "b" not in page.tags  # what the names hold is text
     assert not any(word in html for word in ("http", "@import", "url("))
     words = " ".join(" ".join(page.words).split())

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from renormify.onnx.exporting import Export, export_onnx
     from renormify.onnx.folding import Fold, FoldSite, fold_onnx
-    from renormify.onnx.verification import OutputParity, Parity, verify_onnx
+    from renormify.onnx.verification import LayerParity, OutputParity, Parity, verify_onnx
 
 __all__ = [
     "Export",
     "Fold",
     "FoldSite",
+    "LayerParity",
     "OutputParity",
     "Parity",
     "export_onnx",
@@ -29,6 +30,7 @@ _HOME = {
     "Export": "exporting",
     "Fold": "folding",
     "FoldSite": "folding",
+    "LayerParity": "verification",
     "OutputParity": "verification",
     "Parity": "verification",
     "export_onnx": "exporting",

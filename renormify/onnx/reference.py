@@ -16,7 +16,7 @@ from renormify import errors
 from renormify.onnx.examples import batch_size, evaluating, has_batch, map_tensors, tensors_of
 from renormify.onnx.noise import FALLBACK, Noise, comparable, measure
 
-__all__ = ["Answer", "Reference", "ask_torch", "to_numpy"]
+__all__ = ["KINDS", "Answer", "Reference", "ask_torch", "to_numpy"]
 
 Array = npt.NDArray[Any]
 Arguments = tuple[Any, ...]
@@ -24,6 +24,10 @@ Arguments = tuple[Any, ...]
 # The largest error of a handful of numbers says little about the next one, so the floor is taken over at
 # least this many rows.
 FLOOR_ROWS = 10
+#: The kinds of input: the example itself and rows like it; standard normal; the example a hundred times as
+#: large, where what saturates does; zeros. Integers are the example's in each of them.
+KINDS = ("example", "normal", "large", "zeros")
+_LARGE = 100.0
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Answer:
     """What torch says at one batch size.
 
     Attributes:
-        inputs: the tensors of the example, resized.
+        arguments: of forward: the example, resized.
+        inputs: their tensors, as the file takes them.
         outputs: the model's own output tensors, in pytree order.
         truth: the float64 model's, or None where there is no such model.
     """
 
+    arguments: Arguments
     inputs: list[Array]
     outputs: list[Tensor]
     truth: list[Tensor] | None
@@ -55,21 +61,45 @@ class Reference:
     noise: list[Noise | None]
     notes: tuple[str, ...]
 
+    @property
+    def finite(self) -> bool:
+        """Whether every float of the model's own outputs is finite."""
+        return all(
+            bool(output.isfinite().all())
+            for answer in self.answers.values()
+            for output in (*answer.outputs, *(answer.truth or ()))
+            if comparable(output)
+        )
+
 
 def ask_torch(
-    model: torch.nn.Module | Callable[..., Any], arguments: Arguments, sizes: tuple[int, ...]
+    model: torch.nn.Module | Callable[..., Any],
+    arguments: Arguments,
+    sizes: tuple[int, ...],
+    kind: str = "example",
 ) -> Reference:
     """Run the model, and its float64 copy, at every batch size.
+
+    Args:
+        model: the model.
+        arguments: the example.
+        sizes: the batch sizes.
+        kind: of the inputs, one of ``KINDS``.
 
     Raises:
         errors.InputError: the model's own forward fails.
     """
-    batches = [(size, resized(arguments, size, seed=size)) for size in dict.fromkeys(sizes)]
-    rows = sum(size for size, _ in batches)
+    batches = [
+        (size, _of_kind(kind, arguments, resized(arguments, size, seed=size), seed=size))
+        for size in dict.fromkeys(sizes)
+    ]
+    # Zeros are one row many times, and one row's errors do not tell the noise: rows like the example do.
+    rows = 0 if kind == "zeros" else sum(size for size, _ in batches)
     # More rows come as more batches of the sizes asked for: the model may take no other.
     while rows < FLOOR_ROWS:
         size, _ = batches[len(batches) % len(set(sizes))]
-        batches.append((size, resized(arguments, size, seed=1000 + rows, own_rows=False)))
+        more = resized(arguments, size, seed=1000 + rows, own_rows=False)
+        batches.append((size, more if kind == "zeros" else _of_kind(kind, arguments, more, seed=1000 + rows)))
         rows += size
     notes: list[str] = []
     with torch.no_grad():
@@ -86,7 +116,7 @@ def ask_torch(
     answers: dict[int, Answer] = {}
     for index, (size, batch) in enumerate(batches[: len(set(sizes))]):
         inputs = [to_numpy(tensor) for tensor in tensors_of(batch)]
-        answers[size] = Answer(inputs, own[index][0], None if truth is None else truth[index])
+        answers[size] = Answer(batch, inputs, own[index][0], None if truth is None else truth[index])
     noise: list[Noise | None] = []
     for position in range(max(len(tensors) for tensors, _ in own)):
         there = [index for index, (tensors, _) in enumerate(own) if position < len(tensors)]
@@ -121,6 +151,23 @@ def resized(arguments: Arguments, size: int, *, seed: int, own_rows: bool = True
         return rows
 
     return map_tensors(resize, arguments)
+
+
+def _of_kind(kind: str, example: Arguments, arguments: Arguments, *, seed: int) -> Arguments:
+    """Return the arguments with the floats that have a batch made into that kind."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(given: Tensor, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or not has_batch(given, size):
+            return tensor
+        if kind == "normal":
+            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        return torch.zeros_like(tensor) if kind == "zeros" else tensor * _LARGE
+
+    if kind == "example":
+        return arguments
+    size, given = batch_size(example), iter(tensors_of(example))
+    return map_tensors(lambda tensor: change(next(given), tensor), arguments)
 
 
 def to_numpy(tensor: Tensor) -> Array:

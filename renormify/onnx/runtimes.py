@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from renormify import errors
+
 __all__ = ["RUNTIMES", "Runtime"]
 
 
@@ -38,11 +40,13 @@ class OnnxRuntime(Runtime):
     """onnxruntime on the CPU, at its default optimisation level: what a user's own session would do."""
 
     name = "onnxruntime"
+    level: ClassVar[str] = "ORT_ENABLE_ALL"
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, self.level)
         options.log_severity_level = (
             4  # its errors come back as exceptions; its log would go to stderr as well
         )
@@ -58,4 +62,45 @@ class OnnxRuntime(Runtime):
         return [np.asarray(output) for output in self._session.run(None, feed)]
 
 
-RUNTIMES: dict[str, type[Runtime]] = {runtime.name: runtime for runtime in (OnnxRuntime,)}
+class OnnxRuntimeBasic(OnnxRuntime):
+    """onnxruntime with only those optimisations that keep the file's own operators."""
+
+    name = "onnxruntime-basic"
+    level = "ORT_ENABLE_BASIC"
+
+
+class OnnxRuntimeOff(OnnxRuntime):
+    """onnxruntime with its optimisations off: the file as it is written."""
+
+    name = "onnxruntime-off"
+    level = "ORT_DISABLE_ALL"
+
+
+class OpenVino(Runtime):
+    """OpenVINO's CPU plugin, held to the precision of the file: by itself it may compute in half of it.
+
+    Raises:
+        errors.MissingExtraError: openvino is not installed.
+    """
+
+    name = "openvino"
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise errors.MissingExtraError("openvino", "openvino", "to run the file with OpenVINO") from error
+        core = openvino.Core()
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 2}
+        self._compiled = core.compile_model(core.read_model(path), "CPU", settings)
+        self.input_names = tuple(value.any_name for value in self._compiled.inputs)
+        self.output_names = tuple(value.any_name for value in self._compiled.outputs)
+
+    def run(self, inputs: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        results = self._compiled(inputs)
+        return [np.asarray(results[index]) for index in range(len(self.output_names))]
+
+
+RUNTIMES: dict[str, type[Runtime]] = {
+    runtime.name: runtime for runtime in (OnnxRuntime, OnnxRuntimeBasic, OnnxRuntimeOff, OpenVino)
+}

@@ -9,57 +9,37 @@ is no float, a mask or an index, must be equal.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from renormify import errors
-from renormify.onnx.examples import as_arguments, unwrapped
-from renormify.onnx.reference import Array, Reference, ask_torch, to_numpy
-from renormify.onnx.runtimes import RUNTIMES
+from renormify.onnx.comparison import OutputParity, Setting, compare, failure
+from renormify.onnx.divergence import LayerParity, find_divergence, profile
+from renormify.onnx.examples import as_arguments, evaluating, unwrapped
+from renormify.onnx.precision import kernel_error, makers
+from renormify.onnx.reference import KINDS, Answer, Array, Reference, ask_torch, to_numpy
+from renormify.onnx.runtimes import RUNTIMES, Runtime
 
-__all__ = ["OutputParity", "Parity", "verify_onnx"]
+if TYPE_CHECKING:
+    import onnx
 
+__all__ = ["THOROUGH", "LayerParity", "OutputParity", "Parity", "verify_onnx"]
 
-@dataclass(frozen=True)
-class OutputParity:
-    """One output at one batch size on one runtime.
-
-    Attributes:
-        name: the output's name in the file; "(file)" where it could not be run.
-        batch_size: rows of the input.
-        runtime: what ran the file.
-        shape: the shape it came in, or None where it did not come.
-        max_abs: the largest absolute difference from the float64 model, None where it cannot be told.
-        max_rel: ``max_abs`` relative to the largest absolute value of the float64 output.
-        floor: the largest absolute difference between torch's own forward and the float64 model's, over all
-            batch sizes; None without a float64 model, and for what is no float.
-        tolerance: the absolute difference allowed, at the element of ``max_abs``; channels have their own.
-        tolerance_used: the largest share of its tolerance that any element takes; above 1 where one fails.
-        top1: for outputs of rank 2, the share of rows whose largest entry is where torch has it.
-        passed: whether it is the same output, up to float noise or to the tolerance that was given.
-        reason: why not, in words; empty where it passed.
-    """
-
-    name: str
-    batch_size: int
-    runtime: str
-    shape: tuple[int, ...] | None
-    max_abs: float | None
-    max_rel: float | None
-    floor: float | None
-    tolerance: float | None
-    tolerance_used: float | None
-    top1: float | None
-    passed: bool
-    reason: str
+#: Arguments of ``verify_onnx`` that leave nothing out that onnxruntime can show; a few times as slow.
+THOROUGH: dict[str, Any] = {
+    "inputs": KINDS,
+    "runtimes": ("onnxruntime", "onnxruntime-basic", "onnxruntime-off"),
+    "layers": True,
+}
+_UNKNOWN = "which layer diverges first is not known"
+Model: TypeAlias = "torch.nn.Module | Callable[..., Any]"
 
 
 @dataclass(frozen=True)
@@ -68,16 +48,19 @@ class Parity:
 
     Attributes:
         path: the file.
-        outputs: one entry per output, batch size and runtime.
-        first_divergence: the path of the torch module from which the file diverges; None where it is not
-            known, and it is not sought yet.
-        notes: what a reader should know about how it was measured.
+        outputs: one entry per output, batch size, runtime, kind of input and variant.
+        first_divergence: the path of the first torch module whose output is another one in the file; None
+            where all is well, or where it is not known: then the notes say why.
+        notes: what a reader should know about how it was measured, and what diverges there.
+        layers: layers within the network that were compared, in the file's order: those that the search for
+            the first divergence asked about, or, where that was asked for, all over the depth.
     """
 
     path: Path
     outputs: tuple[OutputParity, ...]
     first_divergence: str | None = None
     notes: tuple[str, ...] = ()
+    layers: tuple[LayerParity, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -92,11 +75,12 @@ class Parity:
             "outputs": [asdict(output) for output in self.outputs],
             "first_divergence": self.first_divergence,
             "notes": list(self.notes),
+            "layers": [layer.to_dict() for layer in self.layers],
         }
 
 
 def verify_onnx(
-    model: torch.nn.Module | Callable[..., Any],
+    model: Model,
     path: str | os.PathLike[str],
     args: Any,
     *,
@@ -104,12 +88,16 @@ def verify_onnx(
     rtol: float | None = None,
     atol: float | None = None,
     runtimes: tuple[str, ...] = ("onnxruntime",),
+    inputs: tuple[str, ...] = ("example",),
+    variants: Mapping[str, str | os.PathLike[str] | Model] | None = None,
+    layers: bool = False,
 ) -> Parity:
     """Run a model and an ONNX file on the same inputs and compare every output.
 
     Outputs are matched by position with the tensors that the model returns. Floats are compared within their
     noise, masks and integers must be equal. NaN, infinities, a missing, extra or misshapen output, another
     dtype, an output of a kind that ONNX does not have, and a file that does not run all fail; none raises.
+    Where the file fails, the first layer that diverges is sought by bisection.
 
     Args:
         model: the torch model; it is run in evaluation mode, and its training flags come back afterwards. Of
@@ -122,18 +110,22 @@ def verify_onnx(
         rtol: if it or ``atol`` is given, an element may differ by ``atol + rtol * abs(truth)`` instead of by
             float noise; the other is then 0.
         atol: see ``rtol``.
-        runtimes: what to run the file with: "onnxruntime".
+        runtimes: what to run the file with: "onnxruntime" with all its optimisations, as by default it has
+            them, "onnxruntime-basic", "onnxruntime-off", "openvino".
+        inputs: kinds of input: "example", "normal" (standard normal), "large" (the example a hundred times as
+            large), "zeros". One at which the model itself fails or is not finite is left out, with a note.
+        variants: by name, what else is to be compared with the model: other ONNX files, the unfolded one say,
+            or a callable of the same arguments, as the converted model.
+        layers: whether to compare layers over the whole depth of the network also where all is well.
 
     Raises:
-        errors.InputError: ``args`` hold no tensor, or the model fails on them; an unknown runtime; a batch
-            size that is no integer of at least 1.
+        errors.InputError: ``args`` hold no tensor, or the model fails on them; an unknown runtime or kind of
+            input; a batch size that is no integer of at least 1.
         errors.CheckpointError: the file is missing or not an ONNX file.
+        errors.MissingExtraError: the package of a runtime is not installed.
     """
-    unknown = [name for name in runtimes if name not in RUNTIMES]
-    if unknown or not runtimes:
-        raise errors.InputError(
-            f"expected runtimes among {', '.join(RUNTIMES)} (got {', '.join(unknown) or 'none'})"
-        )
+    _check_names("runtimes", runtimes, RUNTIMES)
+    _check_names("inputs", inputs, KINDS)
     if (
         not isinstance(batch_sizes, (tuple, list))
         or not batch_sizes
@@ -144,18 +136,91 @@ def verify_onnx(
         if limit is not None and not limit >= 0:
             raise errors.InputError(f"expected rtol and atol of at least 0 (got {limit})")
     arguments = as_arguments(args)
-    path = _check_file(path)
+    subjects = [
+        _Subject.of("", path),
+        *(_Subject.of(name, other) for name, other in (variants or {}).items()),
+    ]
     if isinstance(model, torch.nn.Module):
         model = unwrapped(model)
-    reference = ask_torch(model, arguments, tuple(batch_sizes))
     given = None if rtol is None and atol is None else (atol or 0.0, rtol or 0.0)
     records: list[OutputParity] = []
-    for name in runtimes:
-        records += _judge(name, path, reference, given)
-    return Parity(path, tuple(records), notes=reference.notes)
+    notes: list[str] = []
+    worst: tuple[Answer, str] | None = None
+    last: Answer | None = None
+    for kind in dict.fromkeys(inputs):
+        reference = _ask(model, arguments, tuple(batch_sizes), kind, notes)
+        if reference is None:
+            continue
+        for subject in subjects:
+            for name in runtimes if subject.run is None else ("torch",):
+                found = _judge(subject, name, kind, reference, given)
+                records += found
+                failed = [record.batch_size for record in found if not record.passed and record.shape]
+                if failed and worst is None and not subject.variant:
+                    worst = reference.answers[max(failed)], name
+        last = reference.answers[min(reference.answers)] if last is None else last
+    checked = Path(path)
+    first: str | None = None
+    seen: tuple[LayerParity, ...] = ()
+    if worst is not None:
+        divergence = find_divergence(model, checked, *worst)
+        first, seen = divergence.name, divergence.layers
+        notes.append(f"{f'at {first}' if first else _UNKNOWN}: {divergence.reason}")
+    elif any(not record.passed for record in records if not record.variant):
+        notes.append(f"{_UNKNOWN}: the file gave no output that could be compared")
+    elif layers and last is not None:
+        depth = profile(model, checked, last, runtimes[0])
+        seen = depth.layers
+        if depth.reason:
+            notes.append(f"no layers were compared: {depth.reason}")
+    return Parity(checked, tuple(records), first, tuple(dict.fromkeys(notes)), seen)
 
 
-def _check_file(path: str | os.PathLike[str]) -> Path:
+def _check_names(what: str, names: Sequence[str], known: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise errors.InputError(
+            f"expected {what} among {', '.join(known)} (got {', '.join(unknown) or 'none'})"
+        )
+
+
+def _ask(
+    model: Model, arguments: tuple[Any, ...], sizes: tuple[int, ...], kind: str, notes: list[str]
+) -> Reference | None:
+    """Ask torch, or note why inputs of our own making are left out: it is no fault of a file."""
+    try:
+        reference = ask_torch(model, arguments, sizes, kind)
+    except errors.InputError as error:
+        if kind == "example":
+            raise
+        notes.append(f"{kind} inputs were left out: {errors.one_line(error)}")
+        return None
+    if kind != "example" and not reference.finite:
+        notes.append(f"{kind} inputs were left out: the model's own outputs are not finite")
+        return None
+    notes += reference.notes
+    return reference
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is compared: a file, with what its inputs and outputs are, or a callable."""
+
+    variant: str
+    path: Path
+    graph: onnx.GraphProto | None
+    run: Callable[..., Any] | None
+
+    @classmethod
+    def of(cls, variant: str, given: str | os.PathLike[str] | Model) -> _Subject:
+        if callable(given):
+            model = unwrapped(given) if isinstance(given, torch.nn.Module) else given
+            return cls(variant, Path(), None, model)
+        path, graph = _check_file(cast("str | os.PathLike[str]", given))
+        return cls(variant, path, graph, None)
+
+
+def _check_file(path: str | os.PathLike[str]) -> tuple[Path, onnx.GraphProto]:
     import onnx
 
     path = Path(path)
@@ -167,144 +232,79 @@ def _check_file(path: str | os.PathLike[str]) -> Path:
         raise errors.CheckpointError(f"{path} is not an ONNX file: {errors.one_line(error)}") from error
     if not proto.opset_import:
         raise errors.CheckpointError(f"{path} is not an ONNX file: it names no opset")
-    return path
+    return path, proto.graph
 
 
 def _judge(
-    name: str, path: Path, reference: Reference, given: tuple[float, float] | None
+    subject: _Subject, name: str, kind: str, reference: Reference, given: tuple[float, float] | None
 ) -> list[OutputParity]:
-    """Compare one runtime with torch at every batch size."""
-    try:
-        runtime = RUNTIMES[name](path)
-    except errors.RenormifyError:  # the runtime's package is missing: it says what to install
-        raise
-    except Exception as error:  # each runtime has its own types
-        reason = f"{name} cannot run the file: {errors.one_line(error)}"
-        return [_failure("(file)", size, name, reason) for size in reference.answers]
+    """Compare one file on one runtime, or one callable, with torch at every batch size."""
+    settings = {size: Setting(size, name, kind, subject.variant) for size in reference.answers}
+    runtime: Runtime | None = None
+    if subject.run is None:
+        try:
+            runtime = RUNTIMES[name](subject.path)
+        except errors.RenormifyError:  # the runtime's package is missing: it says what to install
+            raise
+        except Exception as error:  # each runtime has its own types
+            reason = f"{name} cannot run the file: {errors.one_line(error)}"
+            return [failure("(file)", at, reason) for at in settings.values()]
+    made = {} if subject.graph is None else makers(subject.graph)
     records: list[OutputParity] = []
     for size, answer in reference.answers.items():
-        if len(answer.inputs) != len(runtime.input_names):
+        at = settings[size]
+        if runtime is not None and len(answer.inputs) != len(runtime.input_names):
             reason = f"the file takes {len(runtime.input_names)} inputs, the example has {len(answer.inputs)}"
-            records.append(_failure("(file)", size, name, reason))
+            records.append(failure("(file)", at, reason))
             continue
         try:
-            outputs = runtime.run(answer.inputs)
+            outputs = _call(subject.run, answer) if runtime is None else runtime.run(answer.inputs)
         except Exception as error:
             reason = f"{name} cannot run the file at batch size {size}: {errors.one_line(error)}"
-            records.append(_failure("(file)", size, name, reason))
+            records.append(failure("(file)", at, reason + _baked(subject.graph, answer)))
             continue
         counts = f"the file has {len(outputs)} outputs, the model {len(answer.outputs)}"
         for position, output in enumerate(outputs):
-            title = runtime.output_names[position]
-            if position < len(answer.outputs):
-                records.append(_compare(title, size, name, position, output, reference, given))
-            else:
-                records.append(_failure(title, size, name, f"{counts}: this one is extra", output.shape))
+            title = f"(output {position})" if runtime is None else runtime.output_names[position]
+            if position >= len(answer.outputs):
+                records.append(failure(title, at, f"{counts}: this one is extra", output.shape))
+                continue
+            truth = None if answer.truth is None else answer.truth[position]
+            noise, kernel = reference.noise[position], kernel_error(name, made.get(title, ""))
+            own = answer.outputs[position]
+            record = compare(title, at, output, own, truth, noise, kernel=kernel, given=given)
+            if not record.passed:
+                others = _swapped(at, output, position, reference, answer)
+                record = replace(record, reason=record.reason + others)
+            records.append(record)
         for position in range(len(outputs), len(answer.outputs)):
-            records.append(_failure(f"(output {position})", size, name, f"{counts}: this one is missing"))
+            records.append(failure(f"(output {position})", at, f"{counts}: this one is missing"))
     return records
 
 
-def _failure(
-    name: str, size: int, runtime: str, reason: str, shape: tuple[int, ...] | None = None
-) -> OutputParity:
-    return OutputParity(name, size, runtime, shape, None, None, None, None, None, None, False, reason)
+def _call(run: Callable[..., Any] | None, answer: Answer) -> list[Array]:
+    """Run a callable as though it were a file."""
+    assert run is not None  # where there is no runtime, there is a callable
+    with torch.no_grad(), evaluating(run) if isinstance(run, torch.nn.Module) else nullcontext():
+        leaves = pytree.tree_leaves(run(*answer.arguments))
+    return [to_numpy(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _compare(
-    name: str,
-    size: int,
-    runtime: str,
-    position: int,
-    output: Array,
-    reference: Reference,
-    given: tuple[float, float] | None,
-) -> OutputParity:
-    """Compare one output with torch's; the first thing wrong is the reason."""
-    answer = reference.answers[size]
-    own = answer.outputs[position]
-    if own.is_complex():
-        reason = (
-            f"the model's own output is {str(own.dtype)[6:]}, which ONNX files do not have: export its parts"
-        )
-        return _failure(name, size, runtime, reason, output.shape)
-    try:
-        expected = to_numpy(own)
-    except Exception as error:  # sparse, nested, quantized: each has an error of its own
-        reason = f"the model's own output is no plain array: {errors.one_line(error)}"
-        return _failure(name, size, runtime, reason, output.shape)
-    shape = tuple(output.shape)
-    if shape != expected.shape:
-        reason = f"its shape is {shape}, torch's {tuple(expected.shape)}"
-        return _failure(name, size, runtime, reason, shape)
-    if output.dtype != expected.dtype:
-        return _failure(name, size, runtime, f"its type is {output.dtype}, torch's {expected.dtype}", shape)
-    noise = reference.noise[position]
-    theirs, ours = torch.from_numpy(output.astype(np.float64)), own.double()
-    truth = ours if answer.truth is None else answer.truth[position].double()
-    if noise is not None:
-        difference, tolerance = (theirs - truth).abs(), noise.tolerance(truth)
-    else:
-        # An arg max may turn over by noise alone: where torch's own forward does, nothing is asked. Two that
-        # differ, differ by 1 at least, also beyond float64's 53 bits.
-        differs = torch.from_numpy(np.asarray(output != expected)) & (ours == truth)
-        difference = torch.where(differs, (theirs - ours).abs().clamp(min=1.0), 0.0)
-        tolerance = torch.zeros_like(truth)
-    if given is not None:
-        tolerance = given[0] + given[1] * truth.abs()
-    reason = _not_finite(theirs, ours, truth) or _beyond(difference, tolerance)
-    if not reason and given is None and noise is not None:
-        reason = noise.spread_beyond(difference, ours - truth)
-    max_abs = float(difference.max()) if difference.numel() else 0.0
-    largest = float(truth.abs().max()) if truth.numel() else 0.0
-    largest_at = int(difference.flatten().argmax()) if difference.numel() else None
-    # 0 of a tolerance of 0 is none of it.
-    shares = (difference / tolerance).nan_to_num(nan=0.0).flatten()
-    used = float(shares.max()) if shares.numel() else 0.0
-    return OutputParity(
-        name=name,
-        batch_size=size,
-        runtime=runtime,
-        shape=shape,
-        max_abs=max_abs if math.isfinite(max_abs) else None,
-        max_rel=max_abs / largest if largest > 0.0 and math.isfinite(max_abs / largest) else None,
-        floor=None if noise is None else noise.floor,
-        tolerance=0.0 if largest_at is None else float(tolerance.flatten()[largest_at]),
-        tolerance_used=used if math.isfinite(used) else None,
-        top1=_top1(theirs, ours),
-        passed=not reason,
-        reason=reason,
-    )
-
-
-def _beyond(difference: Tensor, tolerance: Tensor) -> str:
-    """Say how many elements differ by more than they may, and which by most, or ""."""
-    beyond = difference.isnan() | (difference > tolerance)
-    count = int(beyond.sum())
-    if not count:
-        return ""
-    worst = int(torch.where(beyond, difference - tolerance, -1.0).flatten().argmax())
-    return (
-        f"{count} of {difference.numel()} elements differ by more than the tolerance: "
-        f"{float(difference.flatten()[worst]):.3g} where {float(tolerance.flatten()[worst]):.3g} is allowed"
-    )
-
-
-def _not_finite(theirs: Tensor, ours: Tensor, truth: Tensor) -> str:
-    """Say which of the three is not finite, or ""."""
-    for tensor, owner in (
-        (ours, "the model's own output"),
-        (theirs, "the file's output"),
-        (truth, "the output of the model in float64"),
-    ):
-        bad = ~tensor.isfinite()
-        if bool(bad.any()):
-            kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
-            return f"{owner} is {kind} in {int(bad.sum())} of {tensor.numel()} elements"
+def _baked(graph: onnx.GraphProto | None, answer: Answer) -> str:
+    """Say that the file was exported for one batch size, or ""."""
+    for value, given in zip(graph.input if graph is not None else (), answer.inputs, strict=False):
+        shape = value.type.tensor_type.shape.dim
+        if shape and given.shape and shape[0].dim_value not in (0, given.shape[0]):
+            return f"; input {value.name!r} has the batch size {shape[0].dim_value} baked in"
     return ""
 
 
-def _top1(theirs: Tensor, ours: Tensor) -> float | None:
-    if ours.ndim != 2 or ours.shape[1] < 2 or not ours.shape[0] or not ours.is_floating_point():
-        return None
-    return float((theirs.argmax(1) == ours.argmax(1)).double().mean())
+def _swapped(at: Setting, output: Array, position: int, reference: Reference, answer: Answer) -> str:
+    """Say that the output is another one of the model's, or ""."""
+    for other, own in enumerate(answer.outputs):
+        noise = reference.noise[other]
+        if other != position and noise is not None:
+            truth = None if answer.truth is None else answer.truth[other]
+            if compare("", at, output, own, truth, noise).passed:
+                return f"; it is what the model returns as output {other}: the outputs are out of order"
+    return ""
