@@ -39,7 +39,7 @@ __all__ = [
 
 
 class Reading(NamedTuple):
-    """How a checkpoint is read and its model built; see :class:`renormify.commands.Request`."""
+    """How a checkpoint is read and its model built; see :class:`renormify.subjects.Request`."""
 
     kwargs: dict[str, Any] | None = None
     key: str | None = None
@@ -84,7 +84,7 @@ class Session:
         file = checkpoint or weights
         if self._html is not None:
             self._check_page(output, [path for path in (file, reads) if path is not None])
-        from renormify.commands import Request
+        from renormify.subjects import Request
 
         return Request(file, model, shapes, self._progress, *reading)
 
