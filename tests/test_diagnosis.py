@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,15 +206,13 @@ def test_data_of_another_domain_wants_recalibrating_and_then_does_not(efficientn
     )  # Batch Renorm at 32 is not quite evaluation
 
 
-def test_the_estimate_of_clipping_is_what_a_run_shows(efficientnet_lite0, digits):
-    """A run of 32 steps at batch 2 with a head of its own; r and d from the layers' inputs, in NumPy."""
-    model, _ = efficientnet_lite0()
-    images, labels = digits[0][:64], digits[1][:64]
-    estimate = {layer.name: layer for layer in diagnose(model, images.split(2)).layers}
-
+def _shares_clipped(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    """Of r and d of each layer in a run with a head of its own; from the layers' inputs, in NumPy."""
+    torch.manual_seed(seed)
     run = renormify(model).train()
     run._fc = nn.Linear(1280, 10)
-    clipped: dict[str, list[tuple[float, float]]] = {name: [] for name in estimate}
+    layers = {name: layer for name, layer in run.named_modules() if is_batch_renorm(layer)}
+    clipped: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
 
     def watch(name):
         def before(layer, args):
@@ -225,15 +224,23 @@ def test_the_estimate_of_clipping_is_what_a_run_shows(efficientnet_lite0, digits
 
         return before
 
-    for name, layer in run.named_modules():
-        if is_batch_renorm(layer):
-            layer.register_forward_pre_hook(watch(name))
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(watch(name))
     optimizer = torch.optim.SGD(run.parameters(), lr=1e-3)
     for x, y in zip(images.split(2), labels.split(2), strict=True):
         optimizer.zero_grad()
         F.cross_entropy(run(x), y).backward()
         optimizer.step()
-    shown = {name: np.mean(shares, 0) for name, shares in clipped.items()}
+    return {name: np.mean(shares, 0) for name, shares in clipped.items()}
+
+
+def test_the_estimate_of_clipping_is_what_runs_show(efficientnet_lite0, digits):
+    """32 steps at batch 2. Head and drop connect are random: one layer of one run may stray by 3 points."""
+    model, _ = efficientnet_lite0()
+    images, labels = digits[0][:64], digits[1][:64]
+    estimate = {layer.name: layer for layer in diagnose(model, images.split(2)).layers}
+    runs = [_shares_clipped(model, images, labels, seed) for seed in range(3)]
+    shown = {name: np.mean([run[name] for run in runs], 0) for name in estimate}
     assert max(r for r, _ in shown.values()) > 0.2  # there is something to estimate
     for name, (r, d) in shown.items():
         assert abs(estimate[name].clipped_r - r) < 0.02, name

@@ -33,7 +33,7 @@ def parallel():
 
 class Own(nn.BatchNorm2d):
     def forward(self, x):
-        return super().forward(x) * 2
+        return x * self.weight.view(1, -1, 1, 1)
 
 def skipped():
     return nn.Sequential(nn.Conv2d(3, 4, 3), Own(4), Own(4))
@@ -103,6 +103,8 @@ def process(*arguments, shell=None):
         text=True,
         timeout=120,
         env=os.environ | {"PYTHONPATH": str(Path(renormify.__file__).parent.parent)},
+        # A shell lets its background jobs ignore the interrupt; what is tested is one in the foreground.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
