@@ -11,7 +11,7 @@ from renormify.figures import LayerFigures
 
 __all__ = ["Action", "Advice", "advise"]
 
-Action = Literal["keep", "renormify", "freeze", "other_norm", "limits", "momentum", "recalibrate"]
+Action = Literal["keep", "renormify", "freeze", "other_norm", "limits", "momentum", "recalibrate", "inspect"]
 
 # From here on the batch a sample happens to be in matters to it: 0.3 of a standard deviation. On the trained
 # EfficientNet-Lite0 and MobileNetV2, photographs and digits, one layer in ten reaches it in shuffled batches
@@ -45,7 +45,8 @@ class Advice:
 
     Attributes:
         action: ``"keep"`` the norm as it is, ``"renormify"`` the model, ``"freeze"`` statistics, use
-            ``"other_norm"``, change ``"limits"`` or ``"momentum"``, or ``"recalibrate"`` first.
+            ``"other_norm"``, change ``"limits"`` or ``"momentum"``, or ``"recalibrate"`` first; or
+            ``"inspect"`` where inf and NaN come from.
         layers: the names of the layers that it is about, the worst first.
         evidence: the figures it follows from, and the call that does it.
     """
@@ -68,13 +69,14 @@ def advise(layers: Sequence[LayerFigures], grouping: float | None = None) -> tup
     """
     seen = [layer for layer in layers if layer.calls]
     advice = (
+        *_nonfinite(layers),
         *_few_values(seen),
         *_dependence_on_the_batch(seen, grouping),
         *_domain(seen),
         *_limits(seen),
         *_momentum(seen),
     )
-    if not any(found.action in ("keep", "renormify", "freeze", "other_norm") for found in advice):
+    if not any(found.action in _VERDICTS for found in advice):
         why = (
             "every layer that the forward reaches is frozen already"
             if seen
@@ -82,6 +84,31 @@ def advise(layers: Sequence[LayerFigures], grouping: float | None = None) -> tup
         )
         return (*advice, Advice("keep", _names(seen), why))
     return advice
+
+
+_VERDICTS = ("keep", "renormify", "freeze", "other_norm", "inspect")
+
+
+def _nonfinite(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
+    """In the order of the forward, so that the first is where it begins."""
+    unsound = [layer for layer in layers if layer.unsound]
+    if unsound:
+        yield Advice(
+            "recalibrate",
+            _names(unsound),
+            f"the running statistics of {_count(unsound, layers)} hold inf or NaN, first those of "
+            f"{_named(unsound[0])} (in {unsound[0].unsound} of {unsound[0].channels} channels), so evaluation "
+            "gives NaN: recalibrate(model, batches), or load another checkpoint",
+        )
+    hit = [layer for layer in layers if layer.nonfinite]
+    if hit:
+        yield Advice(
+            "inspect",
+            _names(hit),
+            f"inf or NaN come into {_count(hit, layers)}, first into {_named(hit[0])}: {hit[0].nonfinite} "
+            "values; look for them in the batches, the weights and the running statistics in front of it; the "
+            "other figures leave them out",
+        )
 
 
 def _few_values(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
@@ -106,7 +133,7 @@ def _few_values(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
 
 
 def _dependence_on_the_batch(layers: Sequence[LayerFigures], grouping: float | None) -> Iterator[Advice]:
-    training = [layer for layer in _training(layers) if layer.m > _TOO_FEW]
+    training = [layer for layer in _training(layers) if layer.m > _TOO_FEW and layer.r]
     if not training:
         return
     measured = [layer for layer in training if layer.spread is not None]

@@ -112,6 +112,46 @@ def test_dead_exploding_and_nonfinite_channels_are_counted():
     assert (layer.r, layer.spread, layer.nonfinite) == ((), None, 3 * 8 * 4 * 25)
 
 
+def test_one_bad_batch_hides_nothing_and_is_told():
+    x = torch.randn(10, 4, 16)
+    x[3, 0] = math.nan
+    diagnosis = diagnose(nn.Sequential(trained(nn.BatchNorm1d(16)), trained(nn.BatchNorm1d(16))), list(x))
+    spreads = [layer.spread for layer in diagnose(trained(nn.BatchNorm1d(16)), [*x[:3], *x[4:]]).layers]
+    assert diagnosis.layers[0].spread == pytest.approx(spreads[0])
+    advice = {advice.action: advice for advice in diagnosis.advice}
+    assert "renormify" in advice
+    assert "keep" not in advice
+    assert advice["inspect"].layers == ("0", "1")
+    assert "first into 0: 16 values" in advice["inspect"].evidence
+    assert diagnosis.grouping is not None
+    assert math.isfinite(diagnosis.grouping)
+
+
+def test_running_statistics_that_are_not_finite_are_named():
+    model = nn.Sequential(*(trained(nn.BatchNorm1d(16)) for _ in range(3)))
+    model[1].running_var[5] = math.nan
+    found = diagnose(model, list(torch.randn(10, 64, 16))).advice
+    (advice,) = (advice for advice in found if advice.action == "recalibrate")
+    assert advice.layers == ("1",)
+    assert "first those of 1 (in 1 of 16 channels)" in advice.evidence
+    json.dumps(diagnose(model, [torch.full((4, 16), math.nan)]).to_dict(), allow_nan=False)
+    every = diagnose(nn.Sequential(trained(nn.BatchNorm1d(16))), [torch.full((4, 16), math.nan)])
+    assert [advice.action for advice in every.advice] == ["inspect"]
+
+
+@pytest.mark.parametrize("size", [64, 16])
+@pytest.mark.parametrize("tail", [1, 2, 3])
+def test_a_ragged_last_batch_changes_no_advice(size, tail):
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32)), torch.randn(8 * size + tail, 16)
+    recalibrate(model, [x])
+    whole, ragged = diagnose(model, x[:-tail].split(size)), diagnose(model, x.split(size))
+    assert [a.action for a in ragged.advice] == [a.action for a in whole.advice]
+    assert ragged.layers[0].spread == pytest.approx(whole.layers[0].spread, rel=0.05)
+    assert ragged.layers[0].r == pytest.approx(whole.layers[0].r)
+    if size == 64:
+        assert {advice.action for advice in ragged.advice} == {"keep"}
+
+
 def test_layers_come_in_the_order_in_which_the_forward_reaches_them():
     class Odd(nn.Module):
         def __init__(self):
@@ -125,7 +165,7 @@ def test_layers_come_in_the_order_in_which_the_forward_reaches_them():
     assert [layer.name for layer in diagnosis.layers] == ["first", "last", "unused"]
     assert (diagnosis.layers[2].calls, diagnosis.layers[2].m, diagnosis.layers[2].spread) == (0, 0, None)
     assert [name for name, _ in diagnosis.unseen] == [""]
-    assert "functional call" in diagnosis.unseen[0][1]
+    assert "its forward calls batch_norm" in diagnosis.unseen[0][1]
     assert not any("unused" in advice.layers for advice in diagnosis.advice)
 
 
@@ -263,7 +303,9 @@ def test_with_one_or_two_values_per_channel_another_norm():
 def test_a_layer_that_renormify_skips_is_to_be_frozen():
     class Own(nn.BatchNorm1d):
         def forward(self, input):
-            return super().forward(input).relu()
+            if input.sum() > 1e9:
+                return input
+            return F.batch_norm(input, self.running_mean, self.running_var, training=self.training)
 
     found = advice_of(trained(Own(64)), list(torch.randn(20, 4, 64)))
     assert found["freeze"].layers == ("",)
