@@ -97,8 +97,8 @@ def _nonfinite(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
             "recalibrate",
             _names(unsound),
             f"the running statistics of {_count(unsound, layers)} hold inf or NaN, first those of "
-            f"{_named(unsound[0])} (in {unsound[0].unsound} of {unsound[0].channels} channels), so evaluation "
-            "gives NaN: recalibrate(model, batches), or load another checkpoint",
+            f"{_named(unsound[0])} (in {unsound[0].unsound} of {unsound[0].channels} channels), so "
+            "evaluation gives NaN: recalibrate(model, batches), or load another checkpoint",
         )
     hit = [layer for layer in layers if layer.nonfinite]
     if hit:
@@ -106,8 +106,8 @@ def _nonfinite(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
             "inspect",
             _names(hit),
             f"inf or NaN come into {_count(hit, layers)}, first into {_named(hit[0])}: {hit[0].nonfinite} "
-            "values; look for them in the batches, the weights and the running statistics in front of it; the "
-            "other figures leave them out",
+            "values; look for them in the batches, the weights and the running statistics in front of it; "
+            "the other figures leave them out",
         )
 
 

@@ -24,7 +24,7 @@ from renormify.advice import Advice, advise
 from renormify.errors import InputError, NothingToConvertError, RenormifyWarning
 from renormify.figures import QUANTILES, LayerFigures, LayerRecord
 from renormify.layers import is_batch_renorm
-from renormify.observation import Inputs, calls_of, copied, eager, norm_layers, run, watched
+from renormify.observation import Inputs, calls_of, copied, eager, norm_layers, run, unserved, watched
 from renormify.rewriting import Report, convert
 from renormify.settings import Settings
 from renormify.tracing import generators_restored, is_norm
@@ -133,9 +133,11 @@ def diagnose(model: nn.Module, batches: Iterable[Any], *, max_batches: int = 32)
     figures = tuple(records[name].figures() for name in order)
     first = records[order[0]]
     grouping = first.grouping()
-    unseen = tuple((name, reason) for name, reason in reasons.items() if name not in records)
+    unseen = {name: reason for name, reason in reasons.items() if name not in records} | unserved(model)
     grouped = grouping is not None and grouping > first.grouping_by_chance()
-    return Diagnosis(figures, advise(figures, grouping if grouped else None), number, grouping, unseen)
+    return Diagnosis(
+        figures, advise(figures, grouping if grouped else None), number, grouping, tuple(unseen.items())
+    )
 
 
 _DEFAULTS = Settings()

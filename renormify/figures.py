@@ -147,6 +147,7 @@ class LayerRecord:
     def figures(self) -> LayerFigures:
         """The figures of all calls."""
         layer, (r_max, d_max) = self.layer, self.limits
+        tracked = getattr(layer, "num_batches_tracked", None)
         usual = self._usual_calls()
         nothing = layer.running_mean.new_zeros(0, layer.running_mean.numel())
         r = torch.stack([call.r for call in usual]) if usual else nothing
@@ -183,7 +184,7 @@ class LayerRecord:
             nonfinite=self._nonfinite,
             unsound=int(unsound.sum()),
             momentum=layer.momentum,
-            tracked=None if layer.num_batches_tracked is None else int(layer.num_batches_tracked),
+            tracked=None if tracked is None else int(tracked),
             fresh=not layer.running_mean.any() and bool((layer.running_var == 1).all()),
             frozen=self.frozen,
             renormed=is_batch_renorm(layer),

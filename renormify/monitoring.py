@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from renormify.errors import InputError, RenormifyWarning
 from renormify.layers import is_batch_renorm
-from renormify.observation import norm_layers
+from renormify.observation import norm_layers, warn_of_unserved
 from renormify.settings import Settings
 from renormify.training import is_frozen
 
@@ -74,6 +74,8 @@ class Monitor:
     not frozen and whose statistics did not move; ``rejected``: batches with inf or NaN so far, over all
     layers. Where no statistic moved there are none of r and d, and of what follows from them.
 
+    Functional calls are no layers; a warning names them, and there are no figures of theirs.
+
     BatchNorm layers are measured against the limits that renormify would give them.
 
     It warns once of layers that clip a quarter of their channels, or whose statistics stand still, in
@@ -112,6 +114,7 @@ class Monitor:
         if every < 1 or patience < 1:
             raise InputError(f"every and patience must be at least 1 (got {every} and {patience})")
         self._layers = norm_layers(model, purpose="to monitor")
+        warn_of_unserved(model, None, "Monitor")
         self._every, self._prefix, self._per_layer, self._patience = every, prefix, per_layer, patience
         self._step = 0
         self._before: dict[str, _Reading] | None = None
@@ -199,7 +202,7 @@ class Monitor:
 
 
 def _read(layer: Any) -> _Reading:
-    tracked = layer.num_batches_tracked
+    tracked = getattr(layer, "num_batches_tracked", None)  # a frozen layer, thawed, counts none
     mean, var = (
         statistic.detach().cpu().to(torch.float64, copy=True)
         for statistic in (layer.running_mean, layer.running_var)

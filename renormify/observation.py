@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import reduce
@@ -14,10 +15,18 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from renormify.errors import InputError, NothingToConvertError, UnsupportedModelError, one_line
+from renormify.errors import (
+    InputError,
+    NothingToConvertError,
+    RenormifyWarning,
+    UnsupportedModelError,
+    one_line,
+)
+from renormify.functions import calls_renorm
 from renormify.kernels import positions
-from renormify.layers import is_batch_renorm
+from renormify.layers import Renormalised, is_batch_renorm
 from renormify.rewriting import Filter
+from renormify.sites import Site, find_sites
 from renormify.tracing import class_name, is_norm
 
 __all__ = [
@@ -32,6 +41,8 @@ __all__ = [
     "norm_layers",
     "replayable",
     "run",
+    "unserved",
+    "warn_of_unserved",
     "watched",
 ]
 
@@ -105,9 +116,14 @@ def norm_layers(
     layers = {
         name: module
         for name, module in eager(model).named_modules()
-        if is_norm(module) and isinstance(module, _NormBase) and _has_statistics(module)
+        if _is_served(module) and _has_statistics(module)
     }
     if not layers:
+        if calls := unserved(model):
+            raise NothingToConvertError(
+                f"found no norm layer {purpose} in {class_name(model)}: it normalises by functional calls "
+                f"alone ({_listed(calls)}); make them call a layer"
+            )
         raise NothingToConvertError(
             f"found no BatchNorm or Batch Renorm layer with running statistics in {class_name(model)} "
             f"{purpose}"
@@ -119,6 +135,61 @@ def norm_layers(
             f"the first is {next(iter(layers))!r}"
         )
     return chosen
+
+
+def _is_served(module: nn.Module) -> bool:
+    return is_norm(module) and isinstance(module, (_NormBase, Renormalised))
+
+
+def unserved(model: nn.Module, filter_fn: Filter | None = None) -> dict[str, str]:
+    """The sites that follow their batches with no layer of :func:`norm_layers`, by name, with the reason.
+
+    Args:
+        model: any module.
+        filter_fn: as for :func:`norm_layers`.
+    """
+    model = eager(model)
+    found = {site.name: (site.module, _reason(site)) for site in find_sites(model) if _is_unserved(site)}
+    for name, module in model.named_modules():
+        if calls_renorm(module):
+            found.setdefault(name, (module, _CALL))
+    return {
+        name: reason
+        for name, (module, reason) in found.items()
+        if filter_fn is None or filter_fn(module, name)
+    }
+
+
+def warn_of_unserved(model: nn.Module, filter_fn: Filter | None, what: str) -> None:
+    """Warns, for the caller's caller, of the sites that ``what`` does not serve."""
+    if sites := unserved(model, filter_fn):
+        warnings.warn(
+            f"{what} does not serve {len(sites)} sites that are no layers ({_listed(sites)}); "
+            "make them call a layer",
+            RenormifyWarning,
+            stacklevel=3,
+        )
+
+
+_CALL = "a functional call, which is no layer; make it call one"
+
+
+def _is_unserved(site: Site) -> bool:
+    if site.calls or site.problem:
+        constant = not site.problem and not any(call.trains for call in site.calls)
+        return not constant or calls_renorm(site.module)
+    return not _is_served(site.module) and "frozen" not in site.kind.lower() and _has_statistics(site.module)
+
+
+def _reason(site: Site) -> str:
+    return site.problem or (
+        _CALL if site.calls else f"{site.kind} does not derive from a BatchNorm of torch.nn"
+    )
+
+
+def _listed(sites: Mapping[str, str]) -> str:
+    names = [name or "the model itself" for name in sites]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from renormify.observation import (
     norm_layers,
     replayable,
     run,
+    warn_of_unserved,
     watched,
 )
 from renormify.rewriting import Filter
@@ -38,7 +39,7 @@ def freeze_stats(model: nn.Module, *, filter_fn: Filter | None = None) -> tuple[
     ``model.train()`` does not undo it, nor does copying, pickling, converting or reverting the model; the
     state dict stays as it is. Weight and bias go on learning. It serves BatchNorm and its subclasses as well
     as Batch Renorm, since all of them do in evaluation what a frozen layer does: its ``training`` flag is
-    False and stays so until :func:`unfreeze_stats`.
+    False and stays so until :func:`unfreeze_stats`. Functional calls are no layers; a warning names them.
 
     Args:
         model: with BatchNorm or Batch Renorm layers.
@@ -51,6 +52,7 @@ def freeze_stats(model: nn.Module, *, filter_fn: Filter | None = None) -> tuple[
         NothingToConvertError: the model has no norm layer with running statistics, or the filter takes none.
     """
     layers = norm_layers(model, filter_fn, "to freeze")
+    warn_of_unserved(model, filter_fn, "freeze_stats")
     for layer in layers.values():
         if not is_frozen(layer):
             layer.__dict__["train"] = _Held(layer, layer.training)
@@ -131,8 +133,9 @@ def recalibrate(
             too.
 
     Returns:
-        The names of the layers done. One that the forward does not reach is left alone, with a warning; one
-        that it calls several times sees its later calls under its former statistics.
+        The names of the layers done. Functional calls are none, and a warning names them. A layer that the
+        forward does not reach is left alone, with a warning; one that it calls several times sees its later
+        calls under its former statistics.
 
     Raises:
         NothingToConvertError: the model has no norm layer with running statistics, or the filter takes none.
@@ -140,6 +143,7 @@ def recalibrate(
             per channel. Upon this and any other exception the model is as it was.
     """
     model, layers = eager(model), norm_layers(model, filter_fn, "to recalibrate")
+    warn_of_unserved(model, filter_fn, "recalibrate")
     batches = replayable(batches)
     with torch.no_grad(), generators_restored(model), _evaluating(model), _restored_upon_error(layers):
         times = _count_calls(model, layers, batches)
@@ -190,7 +194,7 @@ def _recalibrate(model: nn.Module, name: str, layer: Any, times: int, batches: I
         raise InputError(f"layer {name!r} gets inf or NaN from these batches; no statistics were changed")
     layer.running_mean.copy_(total.mean)
     layer.running_var.copy_(total.variance(unbiased=not (is_batch_renorm(layer) and layer.stat == "sigma")))
-    if layer.num_batches_tracked is not None:
+    if getattr(layer, "num_batches_tracked", None) is not None:
         layer.num_batches_tracked.fill_(number)
 
 

@@ -11,8 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from renormify import BatchRenorm1d, convert, freeze_stats, recalibrate, renormify, revert, unfreeze_stats
+from renormify import (
+    BatchRenorm1d,
+    Monitor,
+    convert,
+    diagnose,
+    freeze_stats,
+    recalibrate,
+    renormify,
+    revert,
+    unfreeze_stats,
+)
 from renormify.errors import InputError, NothingToConvertError, RenormifyWarning
 from renormify.layers import is_batch_renorm
 from renormify.tracing import is_norm
@@ -185,6 +196,72 @@ def test_a_model_with_no_norm_is_named(function):
     for model in (nn.Sequential(nn.Linear(2, 2)), nn.BatchNorm1d(2, track_running_stats=False)):
         with pytest.raises(NothingToConvertError, match=f"running statistics in {type(model).__name__} to "):
             function(model)
+
+
+# --- what is no layer of torch's ---------------------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """Normalises by a call in its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
+def with_functional(kind: str) -> nn.Module:
+    model = nn.Sequential(Functional(), nn.BatchNorm1d(3))
+    model = torch.fx.symbolic_trace(model) if "graph" in kind else model
+    return renormify(model) if "converted" in kind else model
+
+
+@pytest.mark.parametrize("kind", ["forward", "converted forward", "graph", "converted graph"])
+def test_functional_calls_are_named(kind):
+    model, x = with_functional(kind), torch.randn(8, 3)
+    with pytest.warns(
+        RenormifyWarning, match=r"freeze_stats does not serve 1 sites that are no layers \(0"
+    ) as told:
+        assert freeze_stats(model) == ("1",)
+    assert told[0].filename == __file__
+    with pytest.warns(RenormifyWarning, match=r"recalibrate does not serve 1 sites"):
+        recalibrate(model, [x])
+    with pytest.warns(RenormifyWarning, match=r"Monitor does not serve 1 sites") as told:
+        Monitor(model)
+    assert told[0].filename == __file__
+    ((name, reason),) = diagnose(model, [x, x]).unseen
+    assert name.startswith("0")
+    if "graph" not in kind:
+        assert "functional call" in reason
+    freeze_stats(model, filter_fn=lambda module, name: name == "1")  # and nothing else was asked for
+
+
+def test_a_model_of_functional_calls_alone_is_told_so():
+    for model in (nn.Sequential(Functional()), renormify(nn.Sequential(Functional()))):
+        for function in (freeze_stats, Monitor, lambda m: recalibrate(m, []), lambda m: diagnose(m, [])):
+            with pytest.raises(NothingToConvertError, match=r"by functional calls alone \(0\); make them"):
+                function(model)
+
+
+def test_frozen_layers_that_were_thawed_are_layers_like_any():
+    model, x = nn.Sequential(FrozenBatchNorm2d(3), nn.Conv2d(3, 3, 1)), torch.randn(16, 3, 4, 4) * 3 + 2
+    model = renormify(model, include_frozen=True).train()
+    assert recalibrate(model, [x]) == ("0",)
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(model[0].running_var, x.var((0, 2, 3), correction=0))
+    assert [layer.name for layer in diagnose(model, [x, x]).layers] == ["0"]
+    monitor = Monitor(model, every=1)
+    model(x + 1)
+    assert monitor.step()["renorm/r_q50"] == pytest.approx(1, abs=1e-3)
+    assert freeze_stats(model) == ("0",)
+    before, expected = state(model), copy.deepcopy(model).eval()(x)
+    assert torch.equal(model.train()(x), expected)
+    assert same(model, before)
+    assert unfreeze_stats(model) == ("0",)
+    assert model[0].training
 
 
 # --- recalibrate -----------------------------------------------------------------------------------------
