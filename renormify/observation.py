@@ -109,10 +109,13 @@ def norm_layers(
 
     Raises:
         UnsupportedModelError: it is not a module.
+        InputError: the filter is not a function.
         NothingToConvertError: there is none, or the filter takes none.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module (got {type(model).__name__})")
+    if filter_fn is not None and not callable(filter_fn):
+        raise InputError(f"filter_fn must be a function of a module and its name (got {filter_fn!r:.80})")
     layers = {
         name: module
         for name, module in eager(model).named_modules()
@@ -202,11 +205,13 @@ def replayable(batches: Iterable[Any]) -> Iterable[Any]:
     return list(batches) if isinstance(batches, Iterator) else batches
 
 
-def calls_of(batches: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Call]:
+def calls_of(
+    batches: Iterable[Any], model: nn.Module, limit: int | None = None, *, again: bool = False
+) -> Iterator[Call]:
     """Turns a user's batches into calls of the model, on its device.
 
     A tensor is the input; of a tuple or list the first element is, as where a loader gives inputs with
-    labels; a mapping holds keyword arguments.
+    labels; a mapping holds keyword arguments. ``again`` says that they were gone through before.
 
     Raises:
         InputError: ``batches`` is one batch, not an iterable of them, or holds something else, or nothing.
@@ -215,6 +220,11 @@ def calls_of(batches: Iterable[Any], model: nn.Module, limit: int | None = None)
     number = 0
     for number, batch in enumerate(islice(_iterated(batches), limit), 1):  # noqa: B007
         yield pytree.tree_map_only(Tensor, lambda value: value.detach().to(device, copy=True), _call(batch))
+    if number == 0 and again:
+        raise InputError(
+            "batches gave nothing when gone through again: expected an iterable that starts anew each time, "
+            "as a list or a DataLoader does (an iterator itself may be given too)"
+        )
     if number == 0:
         raise InputError("batches is empty: expected at least one batch, as a DataLoader gives them")
 
@@ -252,7 +262,8 @@ def run(model: nn.Module, call: Call) -> None:
         InputError: it fails on this batch.
     """
     try:
-        with torch.no_grad():
+        # What watches may end the forward, which no compiled graph can be left by; nor has it the hooks.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(*call.args, **call.kwargs)
     except SeenEnoughError:
         pass

@@ -514,6 +514,7 @@ def test_bad_input_is_named(model, batches, error, message):
         diagnose(model, batches)
 
 
-def test_max_batches_is_at_least_one():
-    with pytest.raises(InputError, match="max_batches must be at least 1"):
-        diagnose(nn.BatchNorm1d(3), [torch.randn(4, 3)], max_batches=0)
+@pytest.mark.parametrize("wrong", [0, None, 2.5])
+def test_max_batches_is_at_least_one(wrong):
+    with pytest.raises(InputError, match="max_batches must be a whole number of at least 1"):
+        diagnose(nn.BatchNorm1d(3), [torch.randn(4, 3)], max_batches=wrong)

@@ -198,6 +198,14 @@ def test_a_model_with_no_norm_is_named(function):
             function(model)
 
 
+@pytest.mark.parametrize(
+    "function", [freeze_stats, unfreeze_stats, lambda m, filter_fn: recalibrate(m, [], filter_fn=filter_fn)]
+)
+def test_a_filter_that_is_no_function_is_named(function):
+    with pytest.raises(InputError, match=r"filter_fn must be a function of .* .got '1'"):
+        function(net(), filter_fn="1")
+
+
 # --- what is no layer of torch's ---------------------------------------------------------------------------
 
 
@@ -354,6 +362,90 @@ def test_a_compiled_model():
     twin = copy.deepcopy(model)
     assert recalibrate(torch.compile(model), [x]) == recalibrate(twin, [x]) == ("1", "4")
     assert same(model, state(twin))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["itself", "a submodule"])
+def test_a_model_compiled_in_place_without_a_graph_break(whole):
+    torch._dynamo.reset()
+    model, x = renormify(net()), torch.randn(4, 3, 8, 8)
+    twin, head = copy.deepcopy(model), nn.Sequential(nn.Identity(), model)
+    (head if whole else model).compile(fullgraph=True, backend="aot_eager")
+    head.train()(x)
+    twin.train()(x)
+    recalibrate(head, [x, x + 1])
+    recalibrate(twin, [x, x + 1])
+    assert same(model, state(twin))
+    assert len(diagnose(head, [x, x]).layers) == 2
+
+
+class Wandering(nn.Module):
+    """Goes another way with each batch: the first and last layer always, the middle one as often as asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.middle, self.first = (nn.BatchNorm1d(3) for _ in range(3))
+
+    def forward(self, x, times):
+        x = self.first(x)
+        for _ in range(times):
+            x = self.middle(x * 2 + 1)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (0, 1), (3, 1), (0, 2)])
+def test_a_layer_that_batches_reach_unequally_often_is_done_over_all_of_them(counts):
+    model = Wandering()
+    model.middle.momentum = 0.0
+    xs = [torch.randn(16, 3), torch.randn(16, 3) * 2 + 1]
+    before = copy.deepcopy(model.middle).eval()
+    order = recalibrate(model, [{"x": x, "times": n} for x, n in zip(xs, counts, strict=True)])
+    assert order == ("first", "middle", "last")
+    inputs, outputs = [], []
+    model.eval()
+    with torch.no_grad():
+        for x, times in zip(xs, counts, strict=True):
+            passed = y = model.first(x)
+            for _ in range(times):
+                inputs.append(passed * 2 + 1)
+                passed, y = before(passed * 2 + 1), model.middle(y * 2 + 1)
+            outputs.append(y)
+    for layer, values in ((model.middle, inputs), (model.last, outputs)):
+        values = torch.cat(values).double().numpy()
+        np.testing.assert_allclose(layer.running_mean, values.mean(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(layer.running_var, values.var(0, ddof=1), rtol=1e-5)
+
+
+def test_in_half_precision_the_statistics_are_float32_ones():
+    model = renormify(nn.Sequential(nn.BatchNorm1d(6)).bfloat16())
+    x = (torch.randn(64, 6) * 3 + 100).bfloat16()
+    recalibrate(model, [x])
+    assert model[0].running_mean.dtype == torch.float32
+    np.testing.assert_allclose(model[0].running_mean, x.double().numpy().mean(0), rtol=1e-6)
+    np.testing.assert_allclose(model[0].running_var, x.double().numpy().var(0), rtol=1e-6)
+
+
+def test_upon_an_error_the_statistics_have_their_dtype_too():
+    model = renormify(nn.Sequential(nn.BatchNorm1d(1), nn.Flatten(), nn.BatchNorm1d(6)).bfloat16())
+    before, buffer = state(model), model[0].running_mean
+    with pytest.raises(InputError, match="1 value per channel"):
+        recalibrate(model, [torch.randn(1, 1, 6).bfloat16()])
+    assert model[0].running_mean is buffer
+    assert same(model, before)
+
+
+def test_batches_that_can_be_gone_through_only_once_are_told():
+    class Once:
+        def __init__(self):
+            self.rest = iter([torch.randn(4, 3, 8, 8)])
+
+        def __iter__(self):
+            return self.rest
+
+    model = net()
+    before = state(model)
+    with pytest.raises(InputError, match="gave nothing when gone through again"):
+        recalibrate(model, Once())
+    assert same(model, before)
 
 
 def test_by_filter_and_frozen():
