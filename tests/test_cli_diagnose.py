@@ -152,7 +152,7 @@ def test_bad_data_is_one_line(tmp_path, folder):
         assert re.search(message, refusal(*MODEL, "--data", data).replace("(got", "got")), message
     assert "cannot read the image" in refusal(*MODEL, "--data", tmp_path / "broken", "--batch-size", 1)
     assert "batch_size must be at least 1" in refusal(*MODEL, "--data", folder, "--batch-size", 0)
-    assert "max_batches must be a whole number" in refusal(*MODEL, "--data", folder, "--max-batches", 0)
+    assert "max_batches must be at least 1" in refusal(*MODEL, "--data", folder, "--max-batches", 0)
     assert "--mean 'a': expected numbers" in refusal(*MODEL, "--data", folder, "--mean", "a")
     assert "std above 0" in refusal(*MODEL, "--data", folder, "--std", "1,0,1")
     assert "mean and std have 2 channels, the model takes 3: give --mean and --std" in refusal(

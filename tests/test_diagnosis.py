@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from renormify import (
     BatchRenorm1d,
     BatchRenorm2d,
+    PaperSchedule,
+    RenormScheduler,
     diagnose,
     freeze_stats,
     recalibrate,
@@ -368,9 +370,26 @@ def test_limits_too_narrow_are_to_be_raised():
 
 def test_limits_that_nothing_comes_near_are_to_be_lowered():
     batches = list(torch.randn(20, 64, 16))
-    assert "lower them" in advice_of(trained(BatchRenorm1d(16, r_max=100.0)), batches)["limits"].evidence
-    assert "lower them" in advice_of(trained(BatchRenorm1d(16, d_max=math.inf)), batches)["limits"].evidence
+    wide_r, wide_d = BatchRenorm1d(16, r_max=100.0), BatchRenorm1d(16, d_max=math.inf)
+    assert "lower r_max to 3, as" in advice_of(trained(wide_r), batches)["limits"].evidence
+    assert "lower d_max to 5, as" in advice_of(trained(wide_d), batches)["limits"].evidence
     assert "limits" not in advice_of(trained(BatchRenorm1d(16)), batches)
+
+
+def test_one_limit_too_wide_and_one_too_narrow_do_not_contradict_each_other():
+    layer = trained(BatchRenorm1d(64, r_max=15.0, d_max=0.01))
+    found = [a for a in diagnose(layer, list(torch.randn(20, 16, 64))).advice if a.action == "limits"]
+    raised, lowered = (advice.evidence for advice in found)
+    assert "raise d_max to" in raised
+    assert "r_max" not in raised
+    assert "lower r_max to 3," in lowered
+    assert "d_max" not in lowered
+
+
+def test_the_limits_of_a_schedules_beginning_are_left_to_it():
+    model = nn.Sequential(trained(BatchRenorm1d(64)))
+    RenormScheduler(model, PaperSchedule())
+    assert "limits" not in advice_of(model, list(torch.randn(20, 4, 64)))
 
 
 def test_momentum():
