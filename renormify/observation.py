@@ -122,10 +122,9 @@ def norm_layers(
         if _is_served(module) and _has_statistics(module)
     }
     if not layers:
-        if calls := unserved(model):
+        if sites := unserved(model):
             raise NothingToConvertError(
-                f"found no norm layer {purpose} in {class_name(model)}: it normalises by functional calls "
-                f"alone ({_listed(calls)}); make them call a layer"
+                f"found no norm layer {purpose} in {class_name(model)}, but {_listed(sites)}"
             )
         raise NothingToConvertError(
             f"found no BatchNorm or Batch Renorm layer with running statistics in {class_name(model)} "
@@ -166,15 +165,10 @@ def unserved(model: nn.Module, filter_fn: Filter | None = None) -> dict[str, str
 def warn_of_unserved(model: nn.Module, filter_fn: Filter | None, what: str) -> None:
     """Warns, for the caller's caller, of the sites that ``what`` does not serve."""
     if sites := unserved(model, filter_fn):
-        warnings.warn(
-            f"{what} does not serve {len(sites)} sites that are no layers ({_listed(sites)}); "
-            "make them call a layer",
-            RenormifyWarning,
-            stacklevel=3,
-        )
+        warnings.warn(f"{what} does not serve {_listed(sites)}", RenormifyWarning, stacklevel=3)
 
 
-_CALL = "a functional call, which is no layer; make it call one"
+_CALL = "a functional call; make it call a layer"
 
 
 def _is_unserved(site: Site) -> bool:
@@ -185,14 +179,16 @@ def _is_unserved(site: Site) -> bool:
 
 
 def _reason(site: Site) -> str:
-    return site.problem or (
-        _CALL if site.calls else f"{site.kind} does not derive from a BatchNorm of torch.nn"
-    )
+    if site.problem:
+        return site.problem
+    return _CALL if site.calls else f"a {site.kind}, which does not derive from a BatchNorm of torch.nn"
 
 
 def _listed(sites: Mapping[str, str]) -> str:
-    names = [name or "the model itself" for name in sites]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    names = ", ".join(name or "the model itself" for name in list(sites)[:5])
+    number = f"{len(sites)} site{'s' * (len(sites) > 1)}"
+    more = f" and {len(sites) - 5} more" if len(sites) > 5 else ""
+    return f"{number} ({names}{more}), the first for this reason: {next(iter(sites.values()))}"
 
 
 def _has_statistics(module: nn.Module) -> bool:

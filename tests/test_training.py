@@ -231,13 +231,13 @@ def with_functional(kind: str) -> nn.Module:
 def test_functional_calls_are_named(kind):
     model, x = with_functional(kind), torch.randn(8, 3)
     with pytest.warns(
-        RenormifyWarning, match=r"freeze_stats does not serve 1 sites that are no layers \(0"
+        RenormifyWarning, match=r"freeze_stats does not serve 1 site \(0.*functional call"
     ) as told:
         assert freeze_stats(model) == ("1",)
     assert told[0].filename == __file__
-    with pytest.warns(RenormifyWarning, match=r"recalibrate does not serve 1 sites"):
+    with pytest.warns(RenormifyWarning, match=r"recalibrate does not serve 1 site "):
         recalibrate(model, [x])
-    with pytest.warns(RenormifyWarning, match=r"Monitor does not serve 1 sites") as told:
+    with pytest.warns(RenormifyWarning, match=r"Monitor does not serve 1 site ") as told:
         Monitor(model)
     assert told[0].filename == __file__
     ((name, reason),) = diagnose(model, [x, x]).unseen
@@ -250,8 +250,24 @@ def test_functional_calls_are_named(kind):
 def test_a_model_of_functional_calls_alone_is_told_so():
     for model in (nn.Sequential(Functional()), renormify(nn.Sequential(Functional()))):
         for function in (freeze_stats, Monitor, lambda m: recalibrate(m, []), lambda m: diagnose(m, [])):
-            with pytest.raises(NothingToConvertError, match=r"by functional calls alone \(0\); make them"):
+            with pytest.raises(
+                NothingToConvertError, match=r"no norm layer .* 1 site \(0\), .*functional call"
+            ):
                 function(model)
+
+
+def test_a_norm_of_someone_elses_is_named():
+    class OddBatchNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(3))
+            self.register_buffer("running_var", torch.ones(3))
+
+        def forward(self, x):
+            return (x - self.running_mean) / self.running_var.sqrt()
+
+    with pytest.warns(RenormifyWarning, match=r"1 site \(0\).* does not derive from a BatchNorm of torch"):
+        freeze_stats(nn.Sequential(OddBatchNorm(), nn.BatchNorm1d(3)))
 
 
 def test_frozen_layers_that_were_thawed_are_layers_like_any():
