@@ -237,7 +237,8 @@ def _limits(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
             "limits",
             _names(clipping),
             f"{_count(clipping, ours)} clip more than {_CLIPPED:.0%}, the most {_named(worst)}: "
-            f"r {worst.clipped_r:.0%}, d {worst.clipped_d:.0%}; raise {raised}",
+            f"r {worst.clipped_r:.0%}, d {worst.clipped_d:.0%}; raise {raised}; "
+            "or leave that to a schedule that is still rising",
         )
     wide = {name: [layer for layer in ours if _is_loose(layer, name)] for name in _LIMITS}
     loose = [layer for layer in ours if any(layer in wide[name] for name in _LIMITS)]
