@@ -11,7 +11,7 @@ from renormify.figures import LayerFigures
 
 __all__ = ["Action", "Advice", "advise"]
 
-Action = Literal["keep", "renormify", "freeze", "other_norm", "limits", "momentum", "recalibrate"]
+Action = Literal["keep", "renormify", "freeze", "other_norm", "limits", "momentum", "recalibrate", "inspect"]
 
 # From here on the batch a sample happens to be in matters to it: 0.3 of a standard deviation. On the trained
 # EfficientNet-Lite0 and MobileNetV2, photographs and digits, one layer in ten reaches it in shuffled batches
@@ -34,7 +34,7 @@ _CLIPPED = 0.05
 # Running statistics that tremble by a tenth of a sigma are a drift of their own.
 _TREMBLE = 0.1
 # The paper's limits: wider ones are not lowered below them.
-_PAPER_LIMITS = (3.0, 5.0)
+_LIMITS = {"r_max": 3.0, "d_max": 5.0}
 # None wider is proposed: r scales the gradient.
 _WIDEST = 10.0
 
@@ -45,7 +45,8 @@ class Advice:
 
     Attributes:
         action: ``"keep"`` the norm as it is, ``"renormify"`` the model, ``"freeze"`` statistics, use
-            ``"other_norm"``, change ``"limits"`` or ``"momentum"``, or ``"recalibrate"`` first.
+            ``"other_norm"``, change ``"limits"`` or ``"momentum"``, or ``"recalibrate"`` first; or
+            ``"inspect"`` where inf and NaN come from.
         layers: the names of the layers that it is about, the worst first.
         evidence: the figures it follows from, and the call that does it.
     """
@@ -68,13 +69,14 @@ def advise(layers: Sequence[LayerFigures], grouping: float | None = None) -> tup
     """
     seen = [layer for layer in layers if layer.calls]
     advice = (
+        *_nonfinite(layers),
         *_few_values(seen),
         *_dependence_on_the_batch(seen, grouping),
         *_domain(seen),
         *_limits(seen),
         *_momentum(seen),
     )
-    if not any(found.action in ("keep", "renormify", "freeze", "other_norm") for found in advice):
+    if not any(found.action in _VERDICTS for found in advice):
         why = (
             "every layer that the forward reaches is frozen already"
             if seen
@@ -82,6 +84,31 @@ def advise(layers: Sequence[LayerFigures], grouping: float | None = None) -> tup
         )
         return (*advice, Advice("keep", _names(seen), why))
     return advice
+
+
+_VERDICTS = ("keep", "renormify", "freeze", "other_norm", "inspect")
+
+
+def _nonfinite(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
+    """In the order of the forward, so that the first is where it begins."""
+    unsound = [layer for layer in layers if layer.unsound]
+    if unsound:
+        yield Advice(
+            "recalibrate",
+            _names(unsound),
+            f"the running statistics of {_count(unsound, layers)} hold inf or NaN, first those of "
+            f"{_named(unsound[0])} (in {unsound[0].unsound} of {unsound[0].channels} channels), so "
+            "evaluation gives NaN: recalibrate(model, batches), or load another checkpoint",
+        )
+    hit = [layer for layer in layers if layer.nonfinite]
+    if hit:
+        yield Advice(
+            "inspect",
+            _names(hit),
+            f"inf or NaN come into {_count(hit, layers)}, first into {_named(hit[0])}: {hit[0].nonfinite} "
+            "values; look for them in the batches, the weights and the running statistics in front of it; "
+            "the other figures leave them out",
+        )
 
 
 def _few_values(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
@@ -106,7 +133,7 @@ def _few_values(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
 
 
 def _dependence_on_the_batch(layers: Sequence[LayerFigures], grouping: float | None) -> Iterator[Advice]:
-    training = [layer for layer in _training(layers) if layer.m > _TOO_FEW]
+    training = [layer for layer in _training(layers) if layer.m > _TOO_FEW and layer.r]
     if not training:
         return
     measured = [layer for layer in training if layer.spread is not None]
@@ -194,40 +221,60 @@ def _limits(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
         layer
         for layer in _training(layers)
         if layer.r and layer.m > _TOO_FEW and layer.renormed and not layer.fresh
+        if (layer.r_max, layer.d_max) != (1.0, 0.0)  # BatchNorm, as a schedule has it before its ramp
     ]
-    clipping = [layer for layer in ours if max(layer.clipped_r, layer.clipped_d) > _CLIPPED]
+    narrow = {name: [layer for layer in ours if _clips(layer, name)] for name in _LIMITS}
+    clipping = [layer for layer in ours if any(layer in narrow[name] for name in _LIMITS)]
     if clipping:
         clipping.sort(key=lambda layer: -max(layer.clipped_r, layer.clipped_d))
         worst = clipping[0]
-        r_max, d_max = (min(max(needed), _WIDEST) for needed in zip(*map(_needed, clipping), strict=True))
+        raised = " and ".join(
+            f"{name} to {min(max(_needed(layer)[name] for layer in narrow[name]), _WIDEST):.3g}"
+            for name in _LIMITS
+            if narrow[name]
+        )
         yield Advice(
             "limits",
             _names(clipping),
             f"{_count(clipping, ours)} clip more than {_CLIPPED:.0%}, the most {_named(worst)}: "
-            f"r {worst.clipped_r:.0%}, d {worst.clipped_d:.0%}; raise r_max to {max(r_max, worst.r_max):.3g} "
-            f"and d_max to {max(d_max, worst.d_max):.3g}",
+            f"r {worst.clipped_r:.0%}, d {worst.clipped_d:.0%}; raise {raised}; "
+            "or leave that to a schedule that is still rising",
         )
-    loose = [layer for layer in ours if _is_loose(layer)]
+    wide = {name: [layer for layer in ours if _is_loose(layer, name)] for name in _LIMITS}
+    loose = [layer for layer in ours if any(layer in wide[name] for name in _LIMITS)]
     if loose:
-        widest = loose[0]
-        needed = " and ".join(f"{value:.3g}" for value in _needed(widest))
+        found = " and ".join(
+            f"{name} {getattr(wide[name][0], name):.3g}, needed {_needed(wide[name][0])[name]:.3g}, "
+            f"in {_named(wide[name][0])}"
+            for name in _LIMITS
+            if wide[name]
+        )
+        lowered = " and ".join(f"{name} to {_LIMITS[name]:g}" for name in _LIMITS if wide[name])
         yield Advice(
             "limits",
             _names(loose),
-            f"{_count(loose, ours)} have limits that nothing comes near ({_named(widest)}: "
-            f"r_max {widest.r_max:.3g}, d_max {widest.d_max:.3g}, needed {needed}): "
-            "a batch gone wrong would pass; lower them to the paper's 3 and 5",
+            f"{_count(loose, ours)} have limits that nothing comes near ({found}): "
+            f"a batch gone wrong would pass; lower {lowered}, as in the paper",
         )
 
 
-def _needed(layer: LayerFigures) -> tuple[float, float]:
+def _needed(layer: LayerFigures) -> dict[str, float]:
     """The limits that would clip one value in a hundred."""
-    return max(layer.r[-1], 1 / max(layer.r[0], 1e-6)), max(abs(layer.d[0]), abs(layer.d[-1]))
+    return {
+        "r_max": max(layer.r[-1], 1 / max(layer.r[0], 1e-6)),
+        "d_max": max(abs(layer.d[0]), abs(layer.d[-1])),
+    }
 
 
-def _is_loose(layer: LayerFigures) -> bool:
-    limits = zip((layer.r_max, layer.d_max), _needed(layer), _PAPER_LIMITS, strict=True)
-    return any(limit > usual and limit > 2 * needed for limit, needed, usual in limits)
+def _clips(layer: LayerFigures, name: str) -> bool:
+    """Whether a limit clips too much, and may be raised."""
+    clipped = {"r_max": layer.clipped_r, "d_max": layer.clipped_d}[name]
+    return clipped > _CLIPPED and getattr(layer, name) < _WIDEST
+
+
+def _is_loose(layer: LayerFigures, name: str) -> bool:
+    limit: float = getattr(layer, name)
+    return limit > _LIMITS[name] and limit > 2 * _needed(layer)[name]
 
 
 def _momentum(layers: Sequence[LayerFigures]) -> Iterator[Advice]:

@@ -21,12 +21,12 @@ from typing import Any
 from torch import nn
 
 from renormify.advice import Advice, advise
-from renormify.errors import InputError, NothingToConvertError, RenormifyWarning
+from renormify.errors import NothingToConvertError, RenormifyWarning
 from renormify.figures import QUANTILES, LayerFigures, LayerRecord
 from renormify.layers import is_batch_renorm
-from renormify.observation import Inputs, calls_of, copied, eager, norm_layers, run, watched
+from renormify.observation import Inputs, calls_of, copied, eager, norm_layers, run, unserved, watched
 from renormify.rewriting import Report, convert
-from renormify.settings import Settings
+from renormify.settings import Settings, check_whole
 from renormify.tracing import generators_restored, is_norm
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -89,7 +89,7 @@ def diagnose(model: nn.Module, batches: Iterable[Any], *, max_batches: int = 32)
 
     Raises:
         NothingToConvertError: the model has no norm layer with running statistics.
-        InputError: there is no batch, or the model fails on one.
+        InputError: there is no batch, or the model fails on one; or ``max_batches`` is not 1 or more.
         UnsupportedModelError: the model cannot be copied.
 
     Examples::
@@ -98,8 +98,7 @@ def diagnose(model: nn.Module, batches: Iterable[Any], *, max_batches: int = 32)
         >>> for advice in diagnosis.advice:
         ...     print(advice.action, advice.evidence)
     """
-    if max_batches < 1:
-        raise InputError(f"max_batches must be at least 1 (got {max_batches})")
+    check_whole("max_batches", max_batches)
     model = eager(model)
     originals = norm_layers(model, purpose="to diagnose")
     with generators_restored(model), warnings.catch_warnings():
@@ -133,9 +132,11 @@ def diagnose(model: nn.Module, batches: Iterable[Any], *, max_batches: int = 32)
     figures = tuple(records[name].figures() for name in order)
     first = records[order[0]]
     grouping = first.grouping()
-    unseen = tuple((name, reason) for name, reason in reasons.items() if name not in records)
+    unseen = {name: reason for name, reason in reasons.items() if name not in records} | unserved(model)
     grouped = grouping is not None and grouping > first.grouping_by_chance()
-    return Diagnosis(figures, advise(figures, grouping if grouped else None), number, grouping, unseen)
+    return Diagnosis(
+        figures, advise(figures, grouping if grouped else None), number, grouping, tuple(unseen.items())
+    )
 
 
 _DEFAULTS = Settings()

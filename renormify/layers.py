@@ -151,7 +151,7 @@ class Renormalised(Limited):
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
         """A training step: normalises ``input`` by the corrected batch, and moves the running statistics."""
-        self._keep_statistics_in_float32()
+        self.keep_statistics_in_float32()
         self._warn_of_few_values(input)
         return batch_renorm(
             input,
@@ -177,7 +177,7 @@ class Renormalised(Limited):
     def _process_group(self) -> ProcessGroup | None:
         return None
 
-    def _keep_statistics_in_float32(self) -> None:
+    def keep_statistics_in_float32(self) -> None:
         """In half precision they would stand still: a step of momentum 0.01 is below its rounding."""
         if self.running_mean.dtype.itemsize < 4:
             self.running_mean = self.running_mean.float()
@@ -262,7 +262,7 @@ class _BatchRenorm(Renormalised, _NormBase):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias)
-        self._keep_statistics_in_float32()
+        self.keep_statistics_in_float32()
         self.init_renorm(r_max, d_max, stat)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:

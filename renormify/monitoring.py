@@ -6,6 +6,8 @@ layer's own batch gave:
 
 .. math:: d = \frac{\mu' - \mu}{\alpha \sigma}, \qquad r = 1 + \frac{\sigma' / \sigma - 1}{\alpha}
 
+In a layer that averages the variance, r comes of that, and of the unbiased one.
+
 No hook runs and no graph breaks, activations are not touched, and what is read is what the layer saw: joined
 over processes, masked, compiled or checkpointed.
 """
@@ -20,10 +22,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from renormify.errors import InputError, RenormifyWarning
+from renormify.errors import RenormifyWarning
 from renormify.layers import is_batch_renorm
-from renormify.observation import norm_layers
-from renormify.settings import Settings
+from renormify.observation import norm_layers, warn_of_unserved
+from renormify.settings import Settings, check_whole
 from renormify.training import is_frozen
 
 __all__ = ["Monitor"]
@@ -43,11 +45,13 @@ class Writer(Protocol):
 
 
 class _Reading(NamedTuple):
-    """A layer's statistics in float64, and the number of batches in them, as far as it counts."""
+    """A layer's statistics in float64, how many batches it counts in them and rejected, and its mode."""
 
     mean: Tensor
     var: Tensor
     tracked: int | None
+    rejected: int
+    training: bool
 
 
 class _Seen(NamedTuple):
@@ -61,7 +65,7 @@ class _Seen(NamedTuple):
 
 
 class Monitor:
-    """Figures of a model's norm layers every n steps, as a flat dict of floats for any logger.
+    r"""Figures of a model's norm layers every n steps, as a flat dict of floats for any logger.
 
     Call :meth:`step` once after each training step. A step that accumulates gradients over several forwards
     gives the r and d of their average; call it after each forward to see each. The figures, all under
@@ -71,8 +75,15 @@ class Monitor:
     ``clipped_r, clipped_d``: the share of channels beyond the limits, and ``clipped_most`` that of the worst
     layer; ``gap``: how far training is from evaluation, in units of sigma, as in :func:`renormify.diagnose`;
     ``r_max, d_max``: the widest limits; ``dead``: channels without any variance; ``still``: layers that are
-    not frozen and whose statistics did not move; ``rejected``: batches with inf or NaN so far, over all
-    layers. Where no statistic moved there are none of r and d, and of what follows from them.
+    in training mode, not frozen, and whose statistics did not move; ``rejected``: batches with inf or NaN so
+    far, over all layers; ``unbiased``: layers whose r is too large by the factor :math:`\sqrt{m / (m - 1)}`
+    for m values per channel. These are BatchNorm layers and those with ``stat="var"``: they keep the unbiased
+    variance, and m cannot be read off their statistics. It hardly matters above a hundred values; at two, as
+    with batches of two behind a pooling, r reads 1.41 where it is 1, and ``clipped_r`` and ``gap`` follow it.
+    :func:`renormify.diagnose` gives the exact r. Where no statistic moved there are none of r and d, and of
+    what follows from them.
+
+    Functional calls are no layers; a warning names them, and there are no figures of theirs.
 
     BatchNorm layers are measured against the limits that renormify would give them.
 
@@ -89,7 +100,7 @@ class Monitor:
 
     Raises:
         NothingToConvertError: the model has no norm layer with running statistics.
-        InputError: ``every`` or ``patience`` is below 1.
+        InputError: ``every`` or ``patience`` is no whole number of at least 1.
 
     Examples::
 
@@ -109,15 +120,17 @@ class Monitor:
         per_layer: bool = False,
         patience: int = 5,
     ) -> None:
-        if every < 1 or patience < 1:
-            raise InputError(f"every and patience must be at least 1 (got {every} and {patience})")
+        for name, value in (("every", every), ("patience", patience)):
+            check_whole(name, value)
         self._layers = norm_layers(model, purpose="to monitor")
+        warn_of_unserved(model, None, "Monitor")
         self._every, self._prefix, self._per_layer, self._patience = every, prefix, per_layer, patience
         self._step = 0
         self._before: dict[str, _Reading] | None = None
         self._limits: dict[str, tuple[float, float]] = {}
         self._clipping: Counter[str] = Counter()
         self._standing: Counter[str] = Counter()
+        self._rejecting: Counter[str] = Counter()
         self._warned: set[str] = set()
         self.figures: dict[str, float] = {}
         self._read_before_a_sample()
@@ -147,11 +160,17 @@ class Monitor:
 
     def _sample(self, before: dict[str, _Reading]) -> dict[str, float]:
         layers = self._layers
-        maybe = {name: _seen(layer, before[name], _read(layer)) for name, layer in layers.items()}
+        after = {name: _read(layer) for name, layer in layers.items()}
+        maybe = {name: _seen(layer, before[name], after[name]) for name, layer in layers.items()}
         seen = {name: sight for name, sight in maybe.items() if sight is not None}
-        still = [name for name, layer in layers.items() if name not in seen and not is_frozen(layer)]
+        still = [
+            name
+            for name, layer in layers.items()
+            if name not in seen and not is_frozen(layer) and (before[name].training or after[name].training)
+        ]
+        rejecting = [name for name in still if after[name].rejected > before[name].rejected]
         clipped = {name: max(_mean(sight.clipped_r), _mean(sight.clipped_d)) for name, sight in seen.items()}
-        self._warn(clipped, still)
+        self._warn(clipped, still, rejecting)
 
         limits = [_limits_of(layer) for layer in layers.values()]
         found = {
@@ -160,7 +179,8 @@ class Monitor:
             "d_max": max(d_max for _, d_max in limits),
             "dead": float(sum(int((x.running_var <= _DEAD * x.eps).sum()) for x in layers.values())),
             "still": float(len(still)),
-            "rejected": float(sum(int(x.rejected_batches) for x in layers.values() if is_batch_renorm(x))),
+            "rejected": float(sum(reading.rejected for reading in after.values())),
+            "unbiased": float(sum(_is_unbiased(layers[name]) for name in seen)),
         }
         if seen:
             joined = _Seen(*map(torch.cat, zip(*seen.values(), strict=True)))
@@ -171,7 +191,7 @@ class Monitor:
             found |= {f"{name}/{key}": _mean(getattr(sight, key)) for key in ("clipped_r", "clipped_d")}
         return {self._prefix + key: value for key, value in found.items()}
 
-    def _warn(self, clipped: Mapping[str, float], still: Sequence[str]) -> None:
+    def _warn(self, clipped: Mapping[str, float], still: Sequence[str], rejecting: Sequence[str]) -> None:
         for name, layer in self._layers.items():
             limits = _limits_of(layer)
             settled = limits == self._limits.get(name) and limits != (1.0, 0.0)
@@ -179,11 +199,16 @@ class Monitor:
             self._limits[name] = limits
             self._clipping[name] = self._clipping[name] + 1 if clips else 0
             self._standing[name] = self._standing[name] + 1 if name in still else 0
+            self._rejecting[name] = self._rejecting[name] + 1 if name in rejecting else 0
         self._warn_once(
             self._clipping, f"clip more than {_MANY:.0%} of their channels; diagnose(model, batches) says why"
         )
         self._warn_once(
-            self._standing, "are not frozen, but their statistics stand still; is their momentum 0?"
+            self._rejecting, "reject their batches, which hold inf or NaN, so their statistics stand still"
+        )
+        self._warn_once(
+            Counter({name: times for name, times in self._standing.items() if not self._rejecting[name]}),
+            "are not frozen, but their statistics stand still; is their momentum 0?",
         )
 
     def _warn_once(self, times: Counter[str], what: str) -> None:
@@ -199,12 +224,13 @@ class Monitor:
 
 
 def _read(layer: Any) -> _Reading:
-    tracked = layer.num_batches_tracked
+    tracked = getattr(layer, "num_batches_tracked", None)  # a frozen layer, thawed, counts none
     mean, var = (
         statistic.detach().cpu().to(torch.float64, copy=True)
         for statistic in (layer.running_mean, layer.running_var)
     )
-    return _Reading(mean, var, None if tracked is None else int(tracked))
+    rejected = int(layer.rejected_batches) if is_batch_renorm(layer) else 0
+    return _Reading(mean, var, None if tracked is None else int(tracked), rejected, layer.training)
 
 
 def _seen(layer: Any, before: _Reading, after: _Reading) -> _Seen | None:
@@ -214,7 +240,7 @@ def _seen(layer: Any, before: _Reading, after: _Reading) -> _Seen | None:
         return None
     variance, growth = before.var + layer.eps, (after.var + layer.eps) / (before.var + layer.eps)
     d = (after.mean - before.mean) / (alpha * variance.sqrt())
-    if getattr(layer, "stat", "var") == "sigma":
+    if not _is_unbiased(layer):
         r = 1 + (growth.sqrt() - 1) / alpha
     else:
         r = (1 + (growth - 1) / alpha).clamp(min=0).sqrt()
@@ -222,6 +248,11 @@ def _seen(layer: Any, before: _Reading, after: _Reading) -> _Seen | None:
     kept_r, kept_d = r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
     gap = torch.hypot(r - kept_r, d - kept_d) if is_batch_renorm(layer) else torch.hypot(r - 1, d)
     return _Seen(r, d, (r > r_max) | (r < 1 / r_max), d.abs() > d_max, gap)
+
+
+def _is_unbiased(layer: Any) -> bool:
+    """Whether it averages the unbiased variance, as BatchNorm does."""
+    return getattr(layer, "stat", "var") == "var"
 
 
 def _share_of_batches(momentum: float | None, before: int | None, after: int | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import reduce
@@ -14,10 +15,18 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from renormify.errors import InputError, NothingToConvertError, UnsupportedModelError, one_line
+from renormify.errors import (
+    InputError,
+    NothingToConvertError,
+    RenormifyWarning,
+    UnsupportedModelError,
+    one_line,
+)
+from renormify.functions import calls_renorm
 from renormify.kernels import positions
-from renormify.layers import is_batch_renorm
+from renormify.layers import Renormalised, is_batch_renorm
 from renormify.rewriting import Filter
+from renormify.sites import Site, find_sites
 from renormify.tracing import class_name, is_norm
 
 __all__ = [
@@ -32,6 +41,8 @@ __all__ = [
     "norm_layers",
     "replayable",
     "run",
+    "unserved",
+    "warn_of_unserved",
     "watched",
 ]
 
@@ -98,16 +109,23 @@ def norm_layers(
 
     Raises:
         UnsupportedModelError: it is not a module.
+        InputError: the filter is not a function.
         NothingToConvertError: there is none, or the filter takes none.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module (got {type(model).__name__})")
+    if filter_fn is not None and not callable(filter_fn):
+        raise InputError(f"filter_fn must be a function of a module and its name (got {filter_fn!r:.80})")
     layers = {
         name: module
         for name, module in eager(model).named_modules()
-        if is_norm(module) and isinstance(module, _NormBase) and _has_statistics(module)
+        if _is_served(module) and _has_statistics(module)
     }
     if not layers:
+        if sites := unserved(model):
+            raise NothingToConvertError(
+                f"found no norm layer {purpose} in {class_name(model)}, but {_listed(sites)}"
+            )
         raise NothingToConvertError(
             f"found no BatchNorm or Batch Renorm layer with running statistics in {class_name(model)} "
             f"{purpose}"
@@ -121,6 +139,58 @@ def norm_layers(
     return chosen
 
 
+def _is_served(module: nn.Module) -> bool:
+    return is_norm(module) and isinstance(module, (_NormBase, Renormalised))
+
+
+def unserved(model: nn.Module, filter_fn: Filter | None = None) -> dict[str, str]:
+    """The sites that follow their batches with no layer of :func:`norm_layers`, by name, with the reason.
+
+    Args:
+        model: any module.
+        filter_fn: as for :func:`norm_layers`.
+    """
+    model = eager(model)
+    found = {site.name: (site.module, _reason(site)) for site in find_sites(model) if _is_unserved(site)}
+    for name, module in model.named_modules():
+        if calls_renorm(module):
+            found.setdefault(name, (module, _CALL))
+    return {
+        name: reason
+        for name, (module, reason) in found.items()
+        if filter_fn is None or filter_fn(module, name)
+    }
+
+
+def warn_of_unserved(model: nn.Module, filter_fn: Filter | None, what: str) -> None:
+    """Warns, for the caller's caller, of the sites that ``what`` does not serve."""
+    if sites := unserved(model, filter_fn):
+        warnings.warn(f"{what} does not serve {_listed(sites)}", RenormifyWarning, stacklevel=3)
+
+
+_CALL = "a functional call; make it call a layer"
+
+
+def _is_unserved(site: Site) -> bool:
+    if site.calls or site.problem:
+        constant = not site.problem and not any(call.trains for call in site.calls)
+        return not constant or calls_renorm(site.module)
+    return not _is_served(site.module) and "frozen" not in site.kind.lower() and _has_statistics(site.module)
+
+
+def _reason(site: Site) -> str:
+    if site.problem:
+        return site.problem
+    return _CALL if site.calls else f"a {site.kind}, which does not derive from a BatchNorm of torch.nn"
+
+
+def _listed(sites: Mapping[str, str]) -> str:
+    names = ", ".join(name or "the model itself" for name in list(sites)[:5])
+    number = f"{len(sites)} site{'s' * (len(sites) > 1)}"
+    more = f" and {len(sites) - 5} more" if len(sites) > 5 else ""
+    return f"{number} ({names}{more}), the first for this reason: {next(iter(sites.values()))}"
+
+
 def _has_statistics(module: nn.Module) -> bool:
     statistics = (getattr(module, "running_mean", None), getattr(module, "running_var", None))
     return all(isinstance(s, Tensor) and not nn.parameter.is_lazy(s) and not s.is_meta for s in statistics)
@@ -131,11 +201,13 @@ def replayable(batches: Iterable[Any]) -> Iterable[Any]:
     return list(batches) if isinstance(batches, Iterator) else batches
 
 
-def calls_of(batches: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Call]:
+def calls_of(
+    batches: Iterable[Any], model: nn.Module, limit: int | None = None, *, again: bool = False
+) -> Iterator[Call]:
     """Turns a user's batches into calls of the model, on its device.
 
     A tensor is the input; of a tuple or list the first element is, as where a loader gives inputs with
-    labels; a mapping holds keyword arguments.
+    labels; a mapping holds keyword arguments. ``again`` says that they were gone through before.
 
     Raises:
         InputError: ``batches`` is one batch, not an iterable of them, or holds something else, or nothing.
@@ -144,6 +216,11 @@ def calls_of(batches: Iterable[Any], model: nn.Module, limit: int | None = None)
     number = 0
     for number, batch in enumerate(islice(_iterated(batches), limit), 1):  # noqa: B007
         yield pytree.tree_map_only(Tensor, lambda value: value.detach().to(device, copy=True), _call(batch))
+    if number == 0 and again:
+        raise InputError(
+            "batches gave nothing when gone through again: expected an iterable that starts anew each time, "
+            "as a list or a DataLoader does (an iterator itself may be given too)"
+        )
     if number == 0:
         raise InputError("batches is empty: expected at least one batch, as a DataLoader gives them")
 
@@ -181,7 +258,8 @@ def run(model: nn.Module, call: Call) -> None:
         InputError: it fails on this batch.
     """
     try:
-        with torch.no_grad():
+        # What watches may end the forward, which no compiled graph can be left by; nor has it the hooks.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(*call.args, **call.kwargs)
     except SeenEnoughError:
         pass

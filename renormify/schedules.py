@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +18,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from renormify.errors import InputError, NothingToConvertError, RenormifyWarning
+from renormify.errors import InputError, NothingToConvertError, RenormifyWarning, UnsupportedModelError
 from renormify.layers import Renormalised, bears_limits, is_batch_renorm
 from renormify.rewriting import Filter
+from renormify.settings import check_whole
 
 __all__ = [
     "ConstantSchedule",
@@ -115,6 +115,8 @@ class PaperSchedule:
 
     def __post_init__(self) -> None:
         _check_limits(self, (self.r_max, self.d_max), finite=True)
+        for name in ("warmup_steps", "r_max_step", "d_max_step"):
+            _check_number(self, name)
         for name in ("r_max_step", "d_max_step"):
             if not 0 <= self.warmup_steps <= getattr(self, name):
                 raise InputError(f"{self}: expected 0 <= warmup_steps <= {name}")
@@ -136,7 +138,7 @@ class PaperSchedule:
         Raises:
             InputError: for a number of steps below 1.
         """
-        _check_total(type(self).__name__, total_steps)
+        check_whole(f"{type(self).__name__}: total_steps", total_steps)
         scale = total_steps / _PAPER_STEPS
         warmup, r_max_step, d_max_step = (
             round(steps * scale) for steps in (self.warmup_steps, self.r_max_step, self.d_max_step)
@@ -153,8 +155,10 @@ class _Ramp(ABC):
     end: float = 0.31
 
     def __post_init__(self) -> None:
-        _check_total(type(self).__name__, self.total_steps)
+        check_whole(f"{type(self).__name__}: total_steps", self.total_steps)
         _check_limits(self, (self.r_max, self.d_max), finite=True)
+        for name in ("start", "end"):
+            _check_number(self, name)
         if not 0 <= self.start <= self.end <= 1:
             raise InputError(f"{self}: expected 0 <= start <= end <= 1")
 
@@ -221,7 +225,7 @@ class RenormScheduler:
     Raises:
         NothingToConvertError: the model has no Batch Renorm layer.
         InputError: a schedule gives r_max below 1, d_max below 0 or NaN, at the step where it does; or a
-            group takes no layer.
+            group is no such pair, or takes no layer; or the model is no module.
 
     Examples::
 
@@ -239,6 +243,8 @@ class RenormScheduler:
         groups: Iterable[tuple[Filter, Schedule | Callable[[int], Limits]]] = (),
         watch_every: int = 100,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(f"expected an nn.Module (got {type(model).__name__})")
         self._layers = {name: module for name, module in model.named_modules() if bears_limits(module)}
         if not self._layers:
             raise NothingToConvertError(
@@ -312,6 +318,8 @@ def limits_at(schedule: Schedule | Callable[[int], Limits], step: int) -> Limits
     Raises:
         InputError: they are not a pair of numbers in range; the message names the schedule and the step.
     """
+    if isinstance(schedule, type):
+        raise InputError(f"expected a schedule, not its class: {schedule.__name__}(...)")
     if not isinstance(schedule, Schedule) and not callable(schedule):
         raise InputError(f"expected a schedule or a function of the step (got {type(schedule).__name__})")
     limits = schedule.at(step) if isinstance(schedule, Schedule) else schedule(step)
@@ -326,7 +334,13 @@ def _grouped(
     """Each schedule with its layers; the main one last."""
     left = dict(layers)
     grouped = []
-    for number, (filter_fn, own) in enumerate(groups):
+    for number, group in enumerate(groups):
+        if not (isinstance(group, (tuple, list)) and len(group) == 2 and callable(group[0])):
+            raise InputError(
+                f"groups[{number}] of the RenormScheduler must be a pair (filter_fn, schedule), whose "
+                f"filter_fn is a function of a module and its name (got {group!r:.80})"
+            )
+        filter_fn, own = group
         taken = [name for name, layer in left.items() if filter_fn(layer, name)]
         if not taken:
             raise InputError(
@@ -364,15 +378,10 @@ def _check_limits(schedule: object, limits: Any, where: str = "", *, finite: boo
     return float(r_max), float(d_max)
 
 
-def _check_total(name: str, total_steps: object) -> None:
-    try:
-        sound = operator.index(total_steps) >= 1  # type: ignore[arg-type]
-    except TypeError:
-        sound = False
-    if not sound:
-        raise InputError(
-            f"{name}: total_steps must be a whole number of at least 1 (got {total_steps!r:.80})"
-        )
+def _check_number(schedule: object, name: str) -> None:
+    value = getattr(schedule, name)
+    if not isinstance(value, Real):
+        raise InputError(f"{_name(schedule)}: {name} must be a number (got {value!r:.80})")
 
 
 def _name(schedule: object) -> str:

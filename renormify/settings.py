@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from renormify.errors import InputError
 from renormify.functional import STATS
 
-__all__ = ["Momentum", "Settings"]
+__all__ = ["Momentum", "Settings", "check_whole"]
 
 Momentum = float | None | Literal["keep"]
 
@@ -42,3 +43,17 @@ class Settings:
 
 def _at_least(value: object, least: float) -> bool:
     return isinstance(value, Real) and float(value) >= least
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Checks a number of steps or batches.
+
+    Raises:
+        InputError: it is no whole number, or too small.
+    """
+    try:
+        sound = operator.index(value) >= least  # type: ignore[arg-type]
+    except TypeError:
+        sound = False
+    if not sound:
+        raise InputError(f"{name} must be a whole number of at least {least} (got {value!r:.80})")

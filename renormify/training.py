@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from renormify.observation import (
     norm_layers,
     replayable,
     run,
+    warn_of_unserved,
     watched,
 )
 from renormify.rewriting import Filter
@@ -38,7 +40,7 @@ def freeze_stats(model: nn.Module, *, filter_fn: Filter | None = None) -> tuple[
     ``model.train()`` does not undo it, nor does copying, pickling, converting or reverting the model; the
     state dict stays as it is. Weight and bias go on learning. It serves BatchNorm and its subclasses as well
     as Batch Renorm, since all of them do in evaluation what a frozen layer does: its ``training`` flag is
-    False and stays so until :func:`unfreeze_stats`.
+    False and stays so until :func:`unfreeze_stats`. Functional calls are no layers; a warning names them.
 
     Args:
         model: with BatchNorm or Batch Renorm layers.
@@ -51,6 +53,7 @@ def freeze_stats(model: nn.Module, *, filter_fn: Filter | None = None) -> tuple[
         NothingToConvertError: the model has no norm layer with running statistics, or the filter takes none.
     """
     layers = norm_layers(model, filter_fn, "to freeze")
+    warn_of_unserved(model, filter_fn, "freeze_stats")
     for layer in layers.values():
         if not is_frozen(layer):
             layer.__dict__["train"] = _Held(layer, layer.training)
@@ -119,20 +122,21 @@ def recalibrate(
     in training mode every batch is normalised by itself: on EfficientNet-Lite0, 256 handwritten digits and
     batches of two, such a pass left the outputs 150 % off the ones that hold for the data set as a whole, and
     update_bn 100 %. With the layers in front in evaluation mode, repeated passes do not even converge. The
-    price is a pass over the data for each layer, of half a forward on average; a few hundred samples will
-    mostly do.
+    price is a pass over the data for each layer, of half a forward on average, and one more that tells their
+    order; a few hundred samples will mostly do. Compiled models run uncompiled.
 
     Args:
         model: with BatchNorm or Batch Renorm layers.
         batches: an iterable of inputs: tensors, tuples or lists whose first element is the input, or dicts of
-            keyword arguments. It is gone through once for each layer; an iterator, which can be gone through
-            only once, is read into memory.
+            keyword arguments. It is gone through once for each layer and once more; an iterator, which can be
+            gone through only once, is read into memory.
         filter_fn: ``filter_fn(module, name) -> bool`` says which layers to do; by default all, frozen ones
             too.
 
     Returns:
-        The names of the layers done. One that the forward does not reach is left alone, with a warning; one
-        that it calls several times sees its later calls under its former statistics.
+        The names of the layers done. Functional calls are none, and a warning names them. A layer that the
+        forward does not reach is left alone, with a warning; one that it calls several times sees its later
+        calls under its former statistics.
 
     Raises:
         NothingToConvertError: the model has no norm layer with running statistics, or the filter takes none.
@@ -140,6 +144,7 @@ def recalibrate(
             per channel. Upon this and any other exception the model is as it was.
     """
     model, layers = eager(model), norm_layers(model, filter_fn, "to recalibrate")
+    warn_of_unserved(model, filter_fn, "recalibrate")
     batches = replayable(batches)
     with torch.no_grad(), generators_restored(model), _evaluating(model), _restored_upon_error(layers):
         times = _count_calls(model, layers, batches)
@@ -157,20 +162,30 @@ def recalibrate(
 
 
 def _count_calls(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, int]:
-    """How often a forward calls each layer, in the order of the first calls."""
-    times: dict[str, int] = {}
+    """How often a forward calls each layer at most, in the order of execution."""
+    most: Counter[str] = Counter()
+    order: list[str] = []
+    times: Counter[str] = Counter()
 
     def count(name: str, _: Inputs) -> None:
-        times[name] = times.get(name, 0) + 1
+        times[name] += 1
 
     with watched(layers, count):
-        for call in calls_of(batches, model, limit=1):
+        for call in calls_of(batches, model):
+            times.clear()
             run(model, call)
-    return times
+            most |= times
+            place = len(order)
+            for name in reversed(times):  # a layer that only some batches reach comes before what follows it
+                if name in order:
+                    place = order.index(name)
+                else:
+                    order.insert(place, name)
+    return {name: most[name] for name in order}
 
 
 def _recalibrate(model: nn.Module, name: str, layer: Any, times: int, batches: Iterable[Any]) -> None:
-    """Gives one layer the statistics of what it gets, in a forward that calls it so many times."""
+    """Gives one layer the statistics of what it gets, in forwards that call it so many times at most."""
     seen: list[Moments] = []
 
     def look(_: str, inputs: Inputs) -> None:
@@ -180,7 +195,7 @@ def _recalibrate(model: nn.Module, name: str, layer: Any, times: int, batches: I
 
     total, number = Moments.none(), 0
     with watched({name: layer}, look):
-        for number, call in enumerate(calls_of(batches, model), 1):  # noqa: B007
+        for number, call in enumerate(calls_of(batches, model, again=True), 1):  # noqa: B007
             seen.clear()
             run(model, call)
             total = reduce(Moments.joined, seen, total)
@@ -188,9 +203,11 @@ def _recalibrate(model: nn.Module, name: str, layer: Any, times: int, batches: I
         raise InputError(f"layer {name!r} gets {total.number} value per channel in all: it has no variance")
     if not torch.isfinite(total.mean + total.squares).all():
         raise InputError(f"layer {name!r} gets inf or NaN from these batches; no statistics were changed")
+    if is_batch_renorm(layer):
+        layer.keep_statistics_in_float32()
     layer.running_mean.copy_(total.mean)
     layer.running_var.copy_(total.variance(unbiased=not (is_batch_renorm(layer) and layer.stat == "sigma")))
-    if layer.num_batches_tracked is not None:
+    if getattr(layer, "num_batches_tracked", None) is not None:
         layer.num_batches_tracked.fill_(number)
 
 
@@ -210,11 +227,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _restored_upon_error(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     before = [
-        (buffer, buffer.clone()) for layer in layers.values() for buffer in layer.buffers(recurse=False)
+        (layer, name, buffer, buffer.clone())
+        for layer in layers.values()
+        for name, buffer in layer.named_buffers(recurse=False)
     ]
     try:
         yield
     except BaseException:
-        for buffer, value in before:
-            buffer.copy_(value)
+        for layer, name, buffer, value in before:
+            layer._buffers[name] = buffer.copy_(value)
         raise

@@ -138,6 +138,40 @@ def test_lightning_trains_as_a_plain_loop_and_resumes_bit_for_bit(tmp_path):
     assert limits(resumed) == limits(whole)
 
 
+@pytest.mark.parametrize("hook", ["configure_model", "setup"])
+@pytest.mark.parametrize("half", [False, True])
+def test_lightning_converts_what_is_made_late(tmp_path, hook, half):
+    class Late(Module):
+        def __init__(self):
+            super().__init__()
+            self.made = self.net
+            self.net = None if not half else nn.Module()
+            if half:  # one norm is there from the start
+                self.net.body = nn.Sequential(*self.made.body[:2])
+            vars(self)["made"] = self._modules.pop("made")
+
+        def make(self, stage=None):
+            self.net = self.made
+
+    setattr(Late, hook, Late.make)
+    module = Late()
+    lightning_run(module, tmp_path, with_lightning.RenormCallback(schedule=SCHEDULE), epochs=STOP)
+    assert same(module.net, plain_loop(Net(), STOP))
+    assert limits(module) == [SCHEDULE.at(STOP)]
+
+    trainer = lightning_run(Late(), tmp_path, with_lightning.RenormCallback(schedule=SCHEDULE), epochs=5)
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    resumed, callback = Late(), with_lightning.RenormCallback(schedule=SCHEDULE)
+    path = tmp_path / "part.ckpt"
+    lightning_run(resumed, tmp_path, callback, epochs=STOP, ckpt_path=path, weights_only=True)
+    assert same(resumed.net, module.net)
+
+
+def test_lightning_without_batch_norm_is_told(tmp_path):
+    with pytest.raises(NothingToConvertError, match="found no BatchNorm to convert in Module"):
+        lightning_run(Module(nn.Linear(2, 2)), tmp_path, with_lightning.RenormCallback(), epochs=1)
+
+
 class Stateful:
     """A loader that says where it is, as torchdata's StatefulDataLoader: Lightning goes on from there."""
 

@@ -65,6 +65,7 @@ def test_the_figures_are_those_of_the_batch(norm, options, ddof):
         "dead": 0.0,
         "still": 0.0,
         "rejected": 0.0,
+        "unbiased": float(ddof),
         **{f"r_q{q:02}": np.quantile(r, q / 100) for q in (5, 50, 95)},
         **{f"d_q{q:02}": np.quantile(d, q / 100) for q in (5, 50, 95)},
     }
@@ -198,11 +199,8 @@ def test_clipping_that_a_schedule_wants_is_none_to_warn_of():
     _run(model, Monitor(model, every=1, patience=3), 59, scheduler)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.01])
-def test_statistics_that_stand_still_are_told_once(momentum):
-    model = nn.Sequential(layer(momentum=momentum), layer())
-    if momentum:
-        model[0].eval()  # by hand, which the next model.train() undoes
+def test_statistics_that_stand_still_are_told_once():
+    model = nn.Sequential(layer(momentum=0.0), layer())
     monitor = Monitor(model, every=1, patience=4)
     _run(model, monitor, 3)
     with pytest.warns(
@@ -212,11 +210,27 @@ def test_statistics_that_stand_still_are_told_once(momentum):
     _run(model, monitor, 20)
 
 
-def test_frozen_layers_may_stand_still():
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_frozen_layers_may_stand_still(by_hand):
     model = nn.Sequential(layer(), layer())
-    freeze_stats(model)
-    model.train()
+    if by_hand:
+        model.eval()
+    else:
+        freeze_stats(model)
+        model.train()
     _run(model, Monitor(model, every=1, patience=2), 9)
+
+
+def test_rejected_batches_are_not_told_as_a_momentum_of_zero():
+    model = layer()
+    monitor = Monitor(model, every=1, patience=3)
+    for _ in range(2):
+        model(torch.full((8, 64), torch.nan))
+        monitor.step()
+    model(torch.full((8, 64), torch.nan))
+    with pytest.warns(RenormifyWarning, match="reject their batches, which hold inf or NaN") as told:
+        monitor.step()
+    assert len(told) == 1
 
 
 # --- bad input -------------------------------------------------------------------------------------------
@@ -225,6 +239,7 @@ def test_frozen_layers_may_stand_still():
 def test_bad_input_is_named():
     with pytest.raises(NothingToConvertError, match="running statistics in Linear to monitor"):
         Monitor(nn.Linear(2, 2))
-    for options in ({"every": 0}, {"patience": 0}):
-        with pytest.raises(InputError, match="every and patience must be at least 1"):
-            Monitor(nn.BatchNorm1d(2), **options)
+    for name in ("every", "patience"):
+        for value in (0, None, 2.5, "5"):
+            with pytest.raises(InputError, match=f"{name} must be a whole number .* .got {value!r}"):
+                Monitor(nn.BatchNorm1d(2), **{name: value})

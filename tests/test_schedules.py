@@ -169,6 +169,28 @@ def test_something_that_is_no_schedule_is_named():
         RenormScheduler(net(), 3.0)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: RenormScheduler(model, PaperSchedule), r"not its class: PaperSchedule\(\.\.\.\)"),
+        (lambda model: RenormScheduler("x", ConstantSchedule()), r"expected an nn.Module .got str"),
+        (
+            lambda model: RenormScheduler(model, ConstantSchedule(), groups=[ConstantSchedule()]),
+            r"groups\[0\] .* must be a pair \(filter_fn, schedule\)",
+        ),
+        (
+            lambda model: RenormScheduler(model, ConstantSchedule(), groups=[(None, ConstantSchedule())]),
+            r"groups\[0\] .* must be a pair \(filter_fn, schedule\)",
+        ),
+        (lambda model: PaperSchedule("5"), "PaperSchedule: warmup_steps must be a number .got '5'"),
+        (lambda model: LinearSchedule(10, start="0"), "LinearSchedule: start must be a number .got '0'"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(make, message):
+    with pytest.raises(InputError, match=message):
+        make(net())
+
+
 def test_groups_of_layers_go_their_own_way():
     model = net()
     scheduler = RenormScheduler(

@@ -11,8 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from renormify import BatchRenorm1d, convert, freeze_stats, recalibrate, renormify, revert, unfreeze_stats
+from renormify import (
+    BatchRenorm1d,
+    Monitor,
+    convert,
+    diagnose,
+    freeze_stats,
+    recalibrate,
+    renormify,
+    revert,
+    unfreeze_stats,
+)
 from renormify.errors import InputError, NothingToConvertError, RenormifyWarning
 from renormify.layers import is_batch_renorm
 from renormify.tracing import is_norm
@@ -187,6 +198,96 @@ def test_a_model_with_no_norm_is_named(function):
             function(model)
 
 
+@pytest.mark.parametrize(
+    "function", [freeze_stats, unfreeze_stats, lambda m, filter_fn: recalibrate(m, [], filter_fn=filter_fn)]
+)
+def test_a_filter_that_is_no_function_is_named(function):
+    with pytest.raises(InputError, match=r"filter_fn must be a function of .* .got '1'"):
+        function(net(), filter_fn="1")
+
+
+# --- what is no layer of torch's ---------------------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """Normalises by a call in its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
+def with_functional(kind: str) -> nn.Module:
+    model = nn.Sequential(Functional(), nn.BatchNorm1d(3))
+    model = torch.fx.symbolic_trace(model) if "graph" in kind else model
+    return renormify(model) if "converted" in kind else model
+
+
+@pytest.mark.parametrize("kind", ["forward", "converted forward", "graph", "converted graph"])
+def test_functional_calls_are_named(kind):
+    model, x = with_functional(kind), torch.randn(8, 3)
+    with pytest.warns(
+        RenormifyWarning, match=r"freeze_stats does not serve 1 site \(0.*functional call"
+    ) as told:
+        assert freeze_stats(model) == ("1",)
+    assert told[0].filename == __file__
+    with pytest.warns(RenormifyWarning, match=r"recalibrate does not serve 1 site "):
+        recalibrate(model, [x])
+    with pytest.warns(RenormifyWarning, match=r"Monitor does not serve 1 site ") as told:
+        Monitor(model)
+    assert told[0].filename == __file__
+    ((name, reason),) = diagnose(model, [x, x]).unseen
+    assert name.startswith("0")
+    if "graph" not in kind:
+        assert "functional call" in reason
+    freeze_stats(model, filter_fn=lambda module, name: name == "1")  # and nothing else was asked for
+
+
+def test_a_model_of_functional_calls_alone_is_told_so():
+    for model in (nn.Sequential(Functional()), renormify(nn.Sequential(Functional()))):
+        for function in (freeze_stats, Monitor, lambda m: recalibrate(m, []), lambda m: diagnose(m, [])):
+            with pytest.raises(
+                NothingToConvertError, match=r"no norm layer .* 1 site \(0\), .*functional call"
+            ):
+                function(model)
+
+
+def test_a_norm_of_someone_elses_is_named():
+    class OddBatchNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(3))
+            self.register_buffer("running_var", torch.ones(3))
+
+        def forward(self, x):
+            return (x - self.running_mean) / self.running_var.sqrt()
+
+    with pytest.warns(RenormifyWarning, match=r"1 site \(0\).* does not derive from a BatchNorm of torch"):
+        freeze_stats(nn.Sequential(OddBatchNorm(), nn.BatchNorm1d(3)))
+
+
+def test_frozen_layers_that_were_thawed_are_layers_like_any():
+    model, x = nn.Sequential(FrozenBatchNorm2d(3), nn.Conv2d(3, 3, 1)), torch.randn(16, 3, 4, 4) * 3 + 2
+    model = renormify(model, include_frozen=True).train()
+    assert recalibrate(model, [x]) == ("0",)
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(model[0].running_var, x.var((0, 2, 3), correction=0))
+    assert [layer.name for layer in diagnose(model, [x, x]).layers] == ["0"]
+    monitor = Monitor(model, every=1)
+    model(x + 1)
+    assert monitor.step()["renorm/r_q50"] == pytest.approx(1, abs=1e-3)
+    assert freeze_stats(model) == ("0",)
+    before, expected = state(model), copy.deepcopy(model).eval()(x)
+    assert torch.equal(model.train()(x), expected)
+    assert same(model, before)
+    assert unfreeze_stats(model) == ("0",)
+    assert model[0].training
+
+
 # --- recalibrate -----------------------------------------------------------------------------------------
 
 
@@ -277,6 +378,90 @@ def test_a_compiled_model():
     twin = copy.deepcopy(model)
     assert recalibrate(torch.compile(model), [x]) == recalibrate(twin, [x]) == ("1", "4")
     assert same(model, state(twin))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["itself", "a submodule"])
+def test_a_model_compiled_in_place_without_a_graph_break(whole):
+    torch._dynamo.reset()
+    model, x = renormify(net()), torch.randn(4, 3, 8, 8)
+    twin, head = copy.deepcopy(model), nn.Sequential(nn.Identity(), model)
+    (head if whole else model).compile(fullgraph=True, backend="aot_eager")
+    head.train()(x)
+    twin.train()(x)
+    recalibrate(head, [x, x + 1])
+    recalibrate(twin, [x, x + 1])
+    assert same(model, state(twin))
+    assert len(diagnose(head, [x, x]).layers) == 2
+
+
+class Wandering(nn.Module):
+    """Goes another way with each batch: the first and last layer always, the middle one as often as asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.middle, self.first = (nn.BatchNorm1d(3) for _ in range(3))
+
+    def forward(self, x, times):
+        x = self.first(x)
+        for _ in range(times):
+            x = self.middle(x * 2 + 1)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (0, 1), (3, 1), (0, 2)])
+def test_a_layer_that_batches_reach_unequally_often_is_done_over_all_of_them(counts):
+    model = Wandering()
+    model.middle.momentum = 0.0
+    xs = [torch.randn(16, 3), torch.randn(16, 3) * 2 + 1]
+    before = copy.deepcopy(model.middle).eval()
+    order = recalibrate(model, [{"x": x, "times": n} for x, n in zip(xs, counts, strict=True)])
+    assert order == ("first", "middle", "last")
+    inputs, outputs = [], []
+    model.eval()
+    with torch.no_grad():
+        for x, times in zip(xs, counts, strict=True):
+            passed = y = model.first(x)
+            for _ in range(times):
+                inputs.append(passed * 2 + 1)
+                passed, y = before(passed * 2 + 1), model.middle(y * 2 + 1)
+            outputs.append(y)
+    for layer, values in ((model.middle, inputs), (model.last, outputs)):
+        values = torch.cat(values).double().numpy()
+        np.testing.assert_allclose(layer.running_mean, values.mean(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(layer.running_var, values.var(0, ddof=1), rtol=1e-5)
+
+
+def test_in_half_precision_the_statistics_are_float32_ones():
+    model = renormify(nn.Sequential(nn.BatchNorm1d(6)).bfloat16())
+    x = (torch.randn(64, 6) * 3 + 100).bfloat16()
+    recalibrate(model, [x])
+    assert model[0].running_mean.dtype == torch.float32
+    np.testing.assert_allclose(model[0].running_mean, x.double().numpy().mean(0), rtol=1e-6)
+    np.testing.assert_allclose(model[0].running_var, x.double().numpy().var(0), rtol=1e-6)
+
+
+def test_upon_an_error_the_statistics_have_their_dtype_too():
+    model = renormify(nn.Sequential(nn.BatchNorm1d(1), nn.Flatten(), nn.BatchNorm1d(6)).bfloat16())
+    before, buffer = state(model), model[0].running_mean
+    with pytest.raises(InputError, match="1 value per channel"):
+        recalibrate(model, [torch.randn(1, 1, 6).bfloat16()])
+    assert model[0].running_mean is buffer
+    assert same(model, before)
+
+
+def test_batches_that_can_be_gone_through_only_once_are_told():
+    class Once:
+        def __init__(self):
+            self.rest = iter([torch.randn(4, 3, 8, 8)])
+
+        def __iter__(self):
+            return self.rest
+
+    model = net()
+    before = state(model)
+    with pytest.raises(InputError, match="gave nothing when gone through again"):
+        recalibrate(model, Once())
+    assert same(model, before)
 
 
 def test_by_filter_and_frozen():

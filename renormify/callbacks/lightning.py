@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from renormify.callbacks.road import Road
-from renormify.errors import MissingExtraError
+from renormify.errors import MissingExtraError, NothingToConvertError
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,16 +20,17 @@ class RenormCallback(Callback):
     """Converts a LightningModule before it is trained, moves its limits, logs its figures, and exports it.
 
     The module is converted in place in ``setup``, before the optimizers are configured and a checkpoint is
-    loaded; evaluation alone converts nothing. The schedule follows ``trainer.global_step``, Lightning's count
-    of optimizer steps (of all optimizers together), and goes on with it when ``fit(ckpt_path=...)`` resumes;
-    its state is in the checkpoint as well. The figures of :class:`renormify.Monitor` go to the module's
-    loggers.
+    loaded, and what its own ``setup`` and ``configure_model`` make after that in ``on_fit_start``; parameters
+    stay the objects that the optimizers have. Evaluation alone converts nothing. The schedule follows
+    ``trainer.global_step``, Lightning's count of optimizer steps (of all optimizers together), and goes on
+    with it when ``fit(ckpt_path=...)`` resumes; its state is in the checkpoint as well. The figures of
+    :class:`renormify.Monitor` go to the module's loggers.
 
     Args:
         **options: see :class:`renormify.callbacks.road.Road`.
 
     Raises:
-        NothingToConvertError: in ``setup``, where the module has neither BatchNorm nor Batch Renorm.
+        NothingToConvertError: when training starts, where the module has neither BatchNorm nor Batch Renorm.
         ProofError: at the end of training, where the exported file differs from the model; it is not kept.
 
     Examples::
@@ -41,9 +43,14 @@ class RenormCallback(Callback):
         self._road = Road(**options)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Converts the module, where it is going to be trained."""
+        """Converts what there is of the module, where it is going to be trained."""
         if stage == "fit":
-            self._road.begin(pl_module, trainer.global_step)
+            with suppress(NothingToConvertError):  # as yet
+                self._road.convert(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Converts what the module has made of itself since, and applies the limits."""
+        self._road.begin(pl_module, trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies the limits of the step that a checkpoint has brought."""

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from renormify.errors import InputError, NothingToConvertError, ProofError
-from renormify.layers import is_batch_renorm
+from renormify.layers import bears_limits
 from renormify.monitoring import Monitor
 from renormify.outputs import check_output, staged
 from renormify.rewriting import convert
@@ -54,8 +54,8 @@ class Road:
                 )
             check_output(self.export_to, force=self.force)  # not only after days of training
 
-    def begin(self, model: nn.Module, step: int = 0) -> None:
-        """Converts the model in place, as far as it is not, and applies the limits of a step.
+    def convert(self, model: nn.Module) -> None:
+        """Converts the model in place, as far as it is not.
 
         In place, so that parameters stay the objects that an optimizer may have already.
 
@@ -65,8 +65,16 @@ class Road:
         try:
             convert(model, inplace=True, **self.convert_options)
         except NothingToConvertError:
-            if not any(is_batch_renorm(module) for module in model.modules()):
+            if not any(bears_limits(module) for module in model.modules()):
                 raise
+
+    def begin(self, model: nn.Module, step: int = 0) -> None:
+        """Converts the model as far as it is not, and applies the limits of a step.
+
+        Raises:
+            NothingToConvertError: it has neither BatchNorm nor Batch Renorm.
+        """
+        self.convert(model)
         self.scheduler = RenormScheduler(model, self.schedule)
         self.scheduler.load_state_dict({"step": step})
         self.monitor = None if self.monitor_every is None else Monitor(model, every=self.monitor_every)
