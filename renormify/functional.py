@@ -123,7 +123,9 @@ def batch_renorm(
             if native and mask is None and group is None and _host_serves(input, statistics):
                 record = _step_on_host(input.detach(), statistics)
             else:
-                record = _step(input.detach(), statistics, native, mask, group)
+                # Forward-mode AD looks through no_grad; a compiler does not need to be told twice.
+                source = input if compiling else input.detach()
+                record = _step(source, statistics, native, mask, group)
         if replayable:
             remember(running_mean, record)
     if group is not None:

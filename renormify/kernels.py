@@ -96,8 +96,10 @@ def batch_statistics(
             return *_statistics_by_rows(input), count
         mean, var = torch.batch_norm_update_stats(input, *_scratch(input, dtype), 0.0)
         return mean, var, count
-    var, mean = torch.var_mean(input.to(dtype), [0, *range(2, input.dim())], correction=0)
-    return mean, var, count
+    # Word for word as a compiler writes out torch's batch_norm, so that it finds the two to be one.
+    dims = [0, *range(2, input.dim())]
+    var, mean = torch.var_mean(input.to(dtype), dims, correction=0, keepdim=True)
+    return mean.squeeze(dims), var.squeeze(dims), count
 
 
 def _rows_are_faster(input: Tensor) -> bool:
