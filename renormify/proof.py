@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from renormify.errors import InputError, one_line
+from renormify.modes import evaluating
 
 __all__ = ["Proof", "example_inputs", "prove_unchanged", "run"]
 
@@ -142,7 +142,7 @@ def run(
     own_args, own_kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with _evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             outputs = model(*own_args, **own_kwargs)
             return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), outputs)
@@ -174,19 +174,6 @@ def _judge(own: _Difference, result: _Difference) -> Proof:
         deterministic=own.reason is None,
         reason=reason,
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    # The flags are set one by one: train() may be overridden, and an exported program refuses it.
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from torch import nn
 
 from renormify.errors import InputError, RenormifyWarning
 from renormify.layers import is_batch_renorm
+from renormify.modes import evaluating
 from renormify.observation import (
     Inputs,
     Moments,
@@ -146,7 +147,7 @@ def recalibrate(
     model, layers = eager(model), norm_layers(model, filter_fn, "to recalibrate")
     warn_of_unserved(model, filter_fn, "recalibrate")
     batches = replayable(batches)
-    with torch.no_grad(), generators_restored(model), _evaluating(model), _restored_upon_error(layers):
+    with torch.no_grad(), generators_restored(model), evaluating(model), _restored_upon_error(layers):
         times = _count_calls(model, layers, batches)
         for name, expected in times.items():
             _recalibrate(model, name, layers[name], expected, batches)
@@ -209,19 +210,6 @@ def _recalibrate(model: nn.Module, name: str, layer: Any, times: int, batches: I
     layer.running_var.copy_(total.variance(unbiased=not (is_batch_renorm(layer) and layer.stat == "sigma")))
     if getattr(layer, "num_batches_tracked", None) is not None:
         layer.num_batches_tracked.fill_(number)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    # The flags are set one by one: train() may be overridden, as a frozen layer's is.
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextmanager
