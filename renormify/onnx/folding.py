@@ -12,17 +12,19 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from renormify import errors
-from renormify.onnx.constants import ConstantStore, Refusal, is_constant
+from renormify.onnx.constants import ConstantStore, Refusal, is_constant, is_standard
 from renormify.onnx.files import check_destination, read_model, write_model
 from renormify.onnx.leftovers import FORMS, MERGED, rewrite_leftover
 from renormify.onnx.routes import plan_backward, plan_forward
 from renormify.onnx.runs import Run, find_run, is_batch_norm
-from renormify.onnx.surgery import Applied, apply, module_path, replace_run
+from renormify.onnx.surgery import Applied, apply, drop_identities, module_path, replace_run
 
 __all__ = ["Fold", "FoldSite", "fold_graph", "fold_onnx"]
 
 # Before it, Mul and Add broadcast by attributes of their own.
 LOWEST_OPSET = 7
+IR_OF_FREE_INITIALIZERS = 4
+_WORTH_INLINING = ("BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class FoldSite:
         reason: why it was not folded, in words; empty where it was.
         kind: "BatchNormalization" or "chain".
         copied: bytes by which its fold makes the file larger, for weights that others still use as they were.
-        rounding: for float16 and bfloat16, the largest error of the weights it was folded into, relative to
-            the largest weight of their row; None for float32 and float64.
+        rounding: for float16 and bfloat16, the largest error of the weights it was folded into or rewritten
+            to, relative to the largest weight of their row; None for float32 and float64.
     """
 
     name: str
@@ -139,10 +141,10 @@ def fold_onnx(
 
 def fold_graph(model: ir.Model, *, leftover: str = "auto") -> tuple[FoldSite, ...]:
     """Fold ``model`` in place and return its sites: ``fold_onnx`` for a model that is held already."""
-    if any(is_batch_norm(node) for function in model.functions.values() for node in function.all_nodes()):
-        # A function cannot see the main graph's weights, and its callers may each bring their own.
-        passes.InlinePass()(model)
-    passes.IdentityEliminationPass()(model)
+    # A function cannot see the main graph's weights, and its callers may each bring their own. One that has
+    # nothing to fold stays: a runtime may know it by its name.
+    passes.InlinePass(_may_fold)(model)
+    drop_identities(model)
     if any(output.shape is None for node in model.graph.all_nodes() for output in node.outputs):
         passes.ShapeInferencePass()(model)
     folder = _Folder(model, leftover)
@@ -152,7 +154,13 @@ def fold_graph(model: ir.Model, *, leftover: str = "auto") -> tuple[FoldSite, ..
     sites = folder.finish()
     if folder.constants.used or any(site.action != "kept" for site in sites):
         passes.RemoveUnusedNodesPass()(model)
+        # Before it, each initializer had to be an input as well; the new ones are not.
+        model.ir_version = max(model.ir_version, IR_OF_FREE_INITIALIZERS)
     return sites
+
+
+def _may_fold(function: ir.Function) -> bool:
+    return any(is_standard(node) and node.op_type in _WORTH_INLINING for node in function.all_nodes())
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ class _Folder:
         if node in self._visited:
             return
         run = find_run(node)
-        if self._opset < LOWEST_OPSET and is_batch_norm(node):
+        if self._opset < LOWEST_OPSET:
             run = Refusal(f"opset {self._opset} is older than {LOWEST_OPSET}")
         if isinstance(run, Refusal):
             if is_batch_norm(node):
@@ -210,17 +218,22 @@ class _Folder:
                 continue
             written = rewrite_leftover(run, self._leftover, self.constants)
             if not isinstance(written, Refusal):
-                nodes, form = written
-                replace_run(run, nodes)
+                replace_run(run, written.nodes)
             for place in rest.places:
                 site = self._sites[place]
                 if isinstance(written, Refusal):
                     reason = "; ".join(filter(None, (rest.reason, written.reason)))
                     self._sites[place] = FoldSite(site.name, "kept", None, reason, site.kind)
-                elif form == MERGED and site.kind != "chain" and place == rest.places[0]:
-                    self._sites[place] = FoldSite(site.name, "kept", None, rest.reason, site.kind)
-                else:
-                    self._sites[place] = FoldSite(site.name, "rewritten", form, rest.reason, site.kind)
+                    continue
+                stays = written.form == MERGED and site.kind != "chain" and place == rest.places[0]
+                self._sites[place] = FoldSite(
+                    site.name,
+                    "kept" if stays else "rewritten",
+                    None if stays else written.form,
+                    rest.reason,
+                    site.kind,
+                    rounding=written.rounding,
+                )
         return tuple(self._sites)
 
     def _name(self, node: ir.Node) -> str:
