@@ -29,7 +29,7 @@ from renormify.onnx.examples import (
 )
 from renormify.onnx.files import check_destination, write_model
 from renormify.onnx.folding import Fold, fold_graph
-from renormify.onnx.reordering import join_concats, pool_first
+from renormify.onnx.reordering import reorder
 
 __all__ = ["Export", "export_onnx"]
 
@@ -87,8 +87,9 @@ def export_onnx(
             Otherwise one row serves as well as any.
         path: the file to write.
         dynamic_batch: whether the file takes every batch size, or only the example's.
-        fold: whether to fold BatchNormalization into its neighbours (see ``fold_onnx``), to average before a
-            pointwise Conv rather than behind it, and to join a Concat of Concats.
+        fold: whether to fold BatchNormalization into its neighbours (see ``fold_onnx``), and to write what
+            computes the same in another order that costs less: average pooling before a pointwise Conv,
+            Relu before max pooling, one Concat for a Concat of Concats.
         opset_version: the ONNX opset, or None for the one that torch's exporter prefers.
 
     Raises:
@@ -106,8 +107,7 @@ def export_onnx(
     clean(exported)
     sites = fold_graph(exported) if fold else None
     if fold:
-        pool_first(exported)
-        join_concats(exported)
+        reorder(exported)
     exported = _in_opset(exported, opset_version)
     write_model(exported, destination)
     return Export(
