@@ -139,8 +139,14 @@ def fold_onnx(
     return Fold(ir.to_proto(model), sites)
 
 
-def fold_graph(model: ir.Model, *, leftover: str = "auto") -> tuple[FoldSite, ...]:
-    """Fold ``model`` in place and return its sites: ``fold_onnx`` for a model that is held already."""
+def fold_graph(model: ir.Model, *, leftover: str = "auto", most: int | None = None) -> tuple[FoldSite, ...]:
+    """Fold ``model`` in place and return its sites: ``fold_onnx`` for a model that is held already.
+
+    Args:
+        model: the model.
+        leftover: as in ``fold_onnx``.
+        most: after how many sites to leave off, or None for all of them.
+    """
     # A function cannot see the main graph's weights, and its callers may each bring their own. One that has
     # nothing to fold stays: a runtime may know it by its name.
     passes.InlinePass(_may_fold)(model)
@@ -149,6 +155,8 @@ def fold_graph(model: ir.Model, *, leftover: str = "auto") -> tuple[FoldSite, ..
         passes.ShapeInferencePass()(model)
     folder = _Folder(model, leftover)
     for node in list(model.graph.all_nodes()):
+        if most is not None and folder.count >= most:
+            break
         if node.graph is not None:  # an earlier one may have taken it along
             folder.visit(node)
     sites = folder.finish()
@@ -183,6 +191,11 @@ class _Folder:
         self._visited: set[ir.Node] = set()
         self._sites: list[FoldSite] = []
         self._rests: list[_Rest] = []
+
+    @property
+    def count(self) -> int:
+        """How many sites have been met so far."""
+        return len(self._sites)
 
     def visit(self, node: ir.Node) -> None:
         """Fold the run that begins with ``node``, if there is one, and account for it."""
