@@ -381,6 +381,24 @@ def test_subgraphs(conv_inside: bool) -> None:
         np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
 
 
+def test_a_function_of_another_opset_stays_and_is_accounted_for() -> None:
+    body = [node("Conv", ["x", "w"], ["c"]), node("BatchNormalization", ["c", "s", "b", "m", "v"], ["y"])]
+    function = helper.make_function(
+        "local", "Block", ["x", *"wsbmv"], ["y"], body, [helper.make_opsetid("", 17)]
+    )
+    parts = batch_norm_parts("bn", 4, rng())
+    constants = {"w": normal(4, 3, 3, 3), "u": normal(4, 4, 1, 1), **parts}
+    nodes = [
+        node("Block", ["x", "w", *parts], ["a"], domain="local"),
+        node("Conv", ["a", "u"], ["d"]),
+        batch_norm("d", "y", "bn"),
+    ]
+    fold = fold_onnx(build(nodes, ("n", 3, 6, 6), constants, functions=[function]))
+    assert [site.action for site in fold.sites] == ["folded", "kept"]
+    assert "function Block is of another opset" in fold.sites[1].reason
+    assert [n.op_type for n in fold.model.graph.node] == ["Block", "Conv"]
+
+
 def test_functions_are_inlined() -> None:
     names = ["w", "s", "b", "m", "v"]
     body = [node("Conv", ["x", "w"], ["c"]), node("BatchNormalization", ["c", "s", "b", "m", "v"], ["y"])]

@@ -149,7 +149,7 @@ def fold_graph(model: ir.Model, *, leftover: str = "auto", most: int | None = No
     """
     # A function cannot see the main graph's weights, and its callers may each bring their own. One that has
     # nothing to fold stays: a runtime may know it by its name.
-    passes.InlinePass(_may_fold)(model)
+    passes.InlinePass(lambda function: _may_fold(function) and _of_one_opset(function, model))(model)
     drop_identities(model)
     if any(output.shape is None for node in model.graph.all_nodes() for output in node.outputs):
         passes.ShapeInferencePass()(model)
@@ -159,6 +159,8 @@ def fold_graph(model: ir.Model, *, leftover: str = "auto", most: int | None = No
             break
         if node.graph is not None:  # an earlier one may have taken it along
             folder.visit(node)
+    for function in model.functions.values():
+        folder.leave(function)
     sites = folder.finish()
     if folder.constants.used or any(site.action != "kept" for site in sites):
         passes.RemoveUnusedNodesPass()(model)
@@ -169,6 +171,11 @@ def fold_graph(model: ir.Model, *, leftover: str = "auto", most: int | None = No
 
 def _may_fold(function: ir.Function) -> bool:
     return any(is_standard(node) and node.op_type in _WORTH_INLINING for node in function.all_nodes())
+
+
+def _of_one_opset(function: ir.Function, model: ir.Model) -> bool:
+    known = model.opset_imports
+    return all(known.get(domain, version) == version for domain, version in function.opset_imports.items())
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,13 @@ class _Folder:
         for index, name in enumerate(names):
             copied = 0 if index else outcome.copied
             self._sites.append(FoldSite(name, "folded", outcome.into, "", kind, copied, outcome.rounding))
+
+    def leave(self, function: ir.Function) -> None:
+        """Account for the norms of a function that could not be opened."""
+        for node in function.all_nodes():
+            if is_batch_norm(node):
+                reason = f"the function {function.name} is of another opset than the graph"
+                self._sites.append(FoldSite(self._name(node), "kept", None, reason))
 
     def finish(self) -> tuple[FoldSite, ...]:
         """Write what did not fold in the form that was asked for; return the account."""
