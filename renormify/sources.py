@@ -109,7 +109,8 @@ def nearest(name: str, names: Iterable[str], *, files: bool = False) -> str:
     for known in names:
         by_key.setdefault(key(known), []).append(known)
     matches = difflib.get_close_matches(key(name), by_key, n=3, cutoff=0.6)
-    near = [known for match in matches for known in by_key[match]][:3]
+    closest = functools.partial(sorted, key=lambda known: -difflib.SequenceMatcher(None, known, name).ratio())
+    near = [known for match in matches for known in closest(by_key[match])][:3]
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 

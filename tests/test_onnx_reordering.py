@@ -112,22 +112,15 @@ def test_a_transition_of_densenet_is_exported_so(tmp_path: Path) -> None:
     assert operators == ["BatchNormalization", "Relu", "Conv", "AveragePool", "Conv"]
 
 
-def pooled(**more: Any) -> onnx.ModelProto:
-    """Conv, MaxPool, Relu; ``more`` may name further outputs, or put another node between."""
-    rng = np.random.default_rng(0)
+def pooled(*, outputs: tuple[str, ...] = (), conv: bool = True) -> onnx.ModelProto:
+    """Conv, or nothing, MaxPool and Relu; ``outputs`` beside the last."""
+    weight = np.random.default_rng(0).normal(0, 1, (3, 4, 3, 3)).astype(np.float32)
     nodes = [
-        node("Conv", ["x", "w"], ["c"]),
-        node("MaxPool", ["c"], ["p", *more.get("indices", [])], kernel_shape=[2, 2], pads=[1, 1, 0, 0]),
+        node("Conv", ["x", "w"], ["c"]) if conv else node("Identity", ["x"], ["c"]),
+        node("MaxPool", ["c"], ["p"], kernel_shape=[2, 2], pads=[1, 1, 0, 0]),
         node("Relu", ["p"], ["y"]),
     ]
-    if more.get("input"):
-        nodes = [node("Identity", ["x"], ["c"]), *nodes[1:]]
-    return build(
-        nodes,
-        ("n", 4, 7, 7),
-        {"w": rng.normal(0, 1, (3, 4, 3, 3)).astype(np.float32)},
-        outputs=["y", *more.get("outputs", [])],
-    )
+    return build(nodes, ("n", 4, 7, 7), {"w": weight}, outputs=["y", *outputs])
 
 
 def test_a_relu_goes_before_the_max_pooling_that_parts_it_from_a_conv() -> None:
@@ -141,7 +134,7 @@ def test_a_relu_goes_before_the_max_pooling_that_parts_it_from_a_conv() -> None:
     np.testing.assert_array_equal(run_plainly(after, x)[0], run_plainly(before, x)[0])
 
 
-@pytest.mark.parametrize("more", [{"outputs": ["c"]}, {"outputs": ["p"]}, {"input": True}])
+@pytest.mark.parametrize("more", [{"outputs": ("c",)}, {"outputs": ("p",)}, {"conv": False}])
 def test_a_relu_stays_where_that_is_another_thing_or_no_gain(more: dict[str, Any]) -> None:
     assert rectify_first(ir.from_proto(pooled(**more))) == 0
 

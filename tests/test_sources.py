@@ -69,7 +69,7 @@ def test_detection_models_fetch_no_backbone():
         ("nofile.onnx", ["pFalse.onnx", "folded.onnx", "a.onnx"], ""),
         ("modle.onnx", ["Model.onnx", "folded.onnx"], "; did you mean Model.onnx?"),
         ("model.onx", ["model.onnx", "other.onx"], "; did you mean model.onnx?"),
-        ("net.pt", ["net.pth", "net.safetensors"], "; did you mean net.pth, net.safetensors?"),
+        ("net.pt", ["net.safetensors", "net.pth"], "; did you mean net.pth, net.safetensors?"),
     ],
 )
 def test_near_files_are_near_before_their_suffix(given: str, there: list[str], near: str):
