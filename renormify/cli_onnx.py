@@ -55,7 +55,9 @@ def export(
     fold: Annotated[
         bool, typer.Option("--fold/--no-fold", help="Fold the norms into their neighbours.")
     ] = True,
-    opset: Annotated[int | None, typer.Option("--opset", show_default=False, help="The ONNX opset.")] = None,
+    opset: Annotated[
+        int | None, typer.Option("--opset", show_default=False, help="The ONNX opset, 13 or newer.")
+    ] = None,
     thorough: Thorough = False,
     force: Force = False,
     verbose: Verbose = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from renormify.writers import Progress, silent
 
 if TYPE_CHECKING:
     from renormify.onnx import Parity
+    from renormify.onnx.originals import Original
 
 __all__ = ["export_checkpoint", "fold_file", "verify_file"]
 
@@ -143,10 +145,14 @@ def fold_file(
                 progress("Comparing the folded file with the file as it was")
                 parity = verify_onnx(original, target, original.args, batch_sizes=original.batch_sizes)
                 if not parity.passed:
+                    progress("Looking for the site that makes the difference")
+                    parity = _blamed(parity, path, original, len(fold.sites), leftover)
                     raise _NotProvenError
     except _NotProvenError:
         pass
     reason = None if parity is None else _disparity(output, parity)
+    if reason is not None and parity is not None and parity.first_divergence is None:
+        reason += "; it differs with nothing folded too: it does not compute the same twice"
     if not fold.sites:
         reason = f"{path} has no BatchNormalization and no affine chain to fold"
     opset = next((entry.version for entry in fold.model.opset_import if not entry.domain), None)
@@ -210,9 +216,23 @@ def verify_file(
     }
 
 
+def _blamed(parity: Parity, path: Path, original: Original, sites: int, leftover: str) -> Parity:
+    """Names the first site whose folding makes the difference, in the place of a layer that diverges."""
+    from renormify.onnx import verify_onnx
+    from renormify.onnx.faults import first_fault
+
+    size = next(record.batch_size for record in parity.outputs if not record.passed)
+
+    def agrees(folded: Path) -> bool:
+        return verify_onnx(original, folded, original.args, batch_sizes=(size,)).passed
+
+    site = first_fault(path, sites, agrees, leftover=leftover)
+    return parity if site is None else replace(parity, first_divergence=site.name)
+
+
 def _check_onnx(path: Path) -> None:
     if not path.is_file():
-        near = sources.nearest(path.name, [file.name for file in path.parent.glob("*.onnx")])
+        near = sources.nearest(path.name, [file.name for file in path.parent.glob("*.onnx")], files=True)
         raise CheckpointError(f"no such file: {path}{near}")
 
 

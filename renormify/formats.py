@@ -129,7 +129,7 @@ def recognise(path: Path) -> str:
         if path.is_dir():
             return DISTRIBUTED
         if not path.exists():
-            near = nearest(path.name, _siblings(path))
+            near = nearest(path.name, _siblings(path), files=True)
             raise CheckpointError(f"no such file: {path}{near}")
         if not path.is_file():
             raise CheckpointError(f"{path} is not a regular file; expected a checkpoint file")

@@ -129,6 +129,6 @@ def _places(path: Path) -> dict[str, str]:
         if Path(name).name != name or "\\" in name or ":" in name or "\0" in name or name in ("", ".", ".."):
             raise CheckpointError(f"{path} names the shard {name[:100]!r}, which is not a file beside it")
         if not (folder / name).is_file():
-            near = nearest(name, [file.name for file in folder.iterdir()])
+            near = nearest(name, [file.name for file in folder.iterdir()], files=True)
             raise CheckpointError(f"{path} lists {name[:100]!r}, which is missing beside it{near}")
     return {str(key): str(name) for key, name in places.items()}

@@ -91,13 +91,27 @@ def folder_of(source: str) -> Path | None:
     return Path(name) if kind == "transformers" else None
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of an error message: ``"; did you mean a, b?"``, or nothing where nothing is near."""
+def nearest(name: str, names: Iterable[str], *, files: bool = False) -> str:
+    """The end of an error message: ``"; did you mean a, b?"``, or nothing where nothing is near.
+
+    Args:
+        name: what was given.
+        names: what there is.
+        files: whether they name files; a suffix that two have in common then makes them no nearer.
+    """
     if len(name) > _FARTHEST:
         return ""
-    by_lower = {known.lower(): known for known in names}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(by_lower[key] for key in near)}?" if near else ""
+
+    def key(known: str) -> str:
+        return (Path(known).stem if files else known).lower()
+
+    by_key: dict[str, list[str]] = {}
+    for known in names:
+        by_key.setdefault(key(known), []).append(known)
+    matches = difflib.get_close_matches(key(name), by_key, n=3, cutoff=0.6)
+    closest = functools.partial(sorted, key=lambda known: -difflib.SequenceMatcher(None, known, name).ratio())
+    near = [known for match in matches for known in closest(by_key[match])][:3]
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def _from_torchvision(name: str, given: Mapping[str, Any]) -> nn.Module:

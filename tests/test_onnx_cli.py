@@ -106,7 +106,44 @@ def test_a_wrong_fold_is_found_and_nothing_is_written(file: Path, monkeypatch: p
     monkeypatch.setattr(folding, "plan_backward", wrong)
     result = invoke("fold", file, "-o", file.parent / "out.onnx", code=1)
     assert "is not proven to be the model" in result.stderr
+    assert "the first layer that diverges is bn" in result.stderr
     assert [path.name for path in file.parent.iterdir()] == ["net.onnx"]
+
+
+@pytest.mark.parametrize("faulty", range(5))
+def test_the_site_that_makes_the_difference_is_named(
+    faulty: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, nodes, constants = np.random.default_rng(0), [], {}
+    for index in range(5):
+        constants |= {f"w{index}": rng.normal(0, 0.5, (3, 3, 1, 1)).astype(np.float32)}
+        constants |= batch_norm_parts(f"bn{index}", 3, rng)
+        source = "x" if index == 0 else f"n{index - 1}"
+        nodes.append(node("Conv", [source, f"w{index}"], [f"c{index}"], name=f"conv{index}"))
+        nodes.append(batch_norm(f"c{index}", f"n{index}", f"bn{index}"))
+    onnx.save(build(nodes, ("n", 3, 6, 6), constants, outputs=["n4"]), tmp_path / "net.onnx")
+    plan = folding.plan_backward
+
+    def wrong(value, affine, graph):  # type: ignore[no-untyped-def]
+        by = 1.01 if value.producer().name == f"conv{faulty}" else 1.0
+        return plan(value, type(affine)(affine.scale * by, affine.shift), graph)
+
+    monkeypatch.setattr(folding, "plan_backward", wrong)
+    result = invoke("fold", tmp_path / "net.onnx", "-o", tmp_path / "out.onnx", "--json", code=1)
+    document = json.loads(result.stdout)
+    assert document["parity"]["first_divergence"] == f"bn{faulty}"
+    assert document["reason"].endswith(f"the first layer that diverges is bn{faulty}")
+
+
+def test_a_file_that_differs_from_itself_is_no_fault_of_a_site(tmp_path: Path) -> None:
+    model = small()
+    model.graph.node[1].output[0] = "b"
+    model.graph.node.extend(
+        [node("RandomNormalLike", ["b"], ["noise"]), node("Add", ["b", "noise"], ["y"], name="sum")]
+    )
+    onnx.save(model, tmp_path / "net.onnx")
+    result = invoke("fold", tmp_path / "net.onnx", "-o", tmp_path / "out.onnx", code=1)
+    assert "does not compute the same twice" in result.stderr.replace("\n", " ")
 
 
 def test_a_file_without_a_norm_is_said_to_have_none(tmp_path: Path) -> None:

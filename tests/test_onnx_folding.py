@@ -381,6 +381,24 @@ def test_subgraphs(conv_inside: bool) -> None:
         np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
 
 
+def test_a_function_of_another_opset_stays_and_is_accounted_for() -> None:
+    body = [node("Conv", ["x", "w"], ["c"]), node("BatchNormalization", ["c", "s", "b", "m", "v"], ["y"])]
+    function = helper.make_function(
+        "local", "Block", ["x", *"wsbmv"], ["y"], body, [helper.make_opsetid("", 17)]
+    )
+    parts = batch_norm_parts("bn", 4, rng())
+    constants = {"w": normal(4, 3, 3, 3), "u": normal(4, 4, 1, 1), **parts}
+    nodes = [
+        node("Block", ["x", "w", *parts], ["a"], domain="local"),
+        node("Conv", ["a", "u"], ["d"]),
+        batch_norm("d", "y", "bn"),
+    ]
+    fold = fold_onnx(build(nodes, ("n", 3, 6, 6), constants, functions=[function]))
+    assert [site.action for site in fold.sites] == ["folded", "kept"]
+    assert "function Block is of another opset" in fold.sites[1].reason
+    assert [n.op_type for n in fold.model.graph.node] == ["Block", "Conv"]
+
+
 def test_functions_are_inlined() -> None:
     names = ["w", "s", "b", "m", "v"]
     body = [node("Conv", ["x", "w"], ["c"]), node("BatchNormalization", ["c", "s", "b", "m", "v"], ["y"])]
@@ -442,3 +460,123 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(errors.InputError, match="expected a path"):
         fold_onnx(3)  # type: ignore[arg-type]
     assert [p.name for p in tmp_path.iterdir()] == ["text.onnx"]
+
+
+def test_the_other_outputs_of_an_old_norm_mean_training() -> None:
+    """Before opset 14 they did, used or not: onnxruntime normalises such a node by its batch."""
+    constants = {"w": normal(4, 4, 3, 3), **batch_norm_parts("bn", 4, rng())}
+    inputs = ["v", "bn.scale", "bn.bias", "bn.mean", "bn.var"]
+    bn = node("BatchNormalization", inputs, ["y", "m", "s", "saved_m", "saved_s"], name="bn")
+    model = build([node("Conv", ["x", "w"], ["v"]), bn], ("n", 4, 6, 6), constants, opset=9)
+    fold = fold_onnx(model)
+    assert [site.action for site in fold.sites] == ["kept"]
+    assert "batch statistics" in fold.sites[0].reason
+    x = normal(2, 4, 6, 6)
+    np.testing.assert_array_equal(run_plainly(fold.model, x)[0], run_plainly(model, x)[0])
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_graph_deeper_than_the_stack_of_python(forward: bool) -> None:
+    depth = 1500
+    constants = {"w": normal(4, 4, 1, 1), **batch_norm_parts("bn", 4, rng())}
+    constants |= {f"bn.{part}": np.zeros(4, np.float32) for part in ("mean", "bias")}
+    constants["bn.scale"] = np.abs(constants["bn.scale"])
+    between = [node("Relu", [f"r{i}"], [f"r{i + 1}"]) for i in range(depth)]
+    conv = node("Conv", ["x" if not forward else f"r{depth}", "w"], ["y" if forward else "r0"])
+    bn = batch_norm("x" if forward else f"r{depth}", "r0" if forward else "y", "bn")
+    model = build([bn, *between, conv] if forward else [conv, *between, bn], ("n", 4, 2, 2), constants)
+    fold = check_folded(model, normal(1, 4, 2, 2))
+    assert fold.folded == ("bn",)
+
+
+def test_what_asks_for_a_shape_is_not_in_the_way() -> None:
+    """As torch's old exporter wrote ``x.view(x.size(0), -1)``."""
+    constants = {"fc": normal(16, 4), **batch_norm_parts("bn", 4, rng()), **batch_norm_parts("b2", 4, rng(2))}
+    constants |= {"first": np.array(0), "rest": np.array([-1]), "w": normal(4, 4, 1, 1)}
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        batch_norm("r", "n", "bn"),
+        node("Shape", ["n"], ["shape"]),
+        node("Gather", ["shape", "first"], ["rows"]),
+        node("Unsqueeze", ["rows", "at"], ["row"]),
+        node("Concat", ["row", "rest"], ["to"], axis=0),
+        node("Reshape", ["n", "to"], ["f"]),
+        node("MatMul", ["f", "fc"], ["g"]),
+        node("Shape", ["g"], ["again"]),
+        batch_norm("g", "h", "b2"),
+        node("Reshape", ["h", "again"], ["y"]),
+    ]
+    constants["at"] = np.array([0])
+    model = build(nodes, ("n", 4, 2, 2), constants)
+    fold = fold_onnx(model, leftover="bn")
+    assert {site.action for site in fold.sites} == {"folded"}, fold.sites
+    x = normal(3, 4, 2, 2)
+    truth, (after,) = run_plainly(model, x)[0], run_plainly(fold.model, x)
+    np.testing.assert_allclose(after, truth, rtol=0, atol=1e-5 * np.abs(truth).max())
+
+
+def test_new_names_are_no_nodes_names() -> None:
+    """onnxruntime refuses a file in which two nodes have one name."""
+    constants = batch_norm_parts("bn", 4, rng())
+    nodes = [node("Relu", ["x"], ["r"], name="bn_conv"), batch_norm("r", "y", "bn")]
+    model = build(nodes, ("n", 4, 6, 6), constants)
+    check_same(model, fold_onnx(model, leftover="conv").model, normal(2, 4, 6, 6))
+
+
+def test_a_rank_that_only_a_consumer_tells() -> None:
+    """Behind another domain's operator shape inference knows nothing."""
+    constants = {"w": normal(4, 4, 1, 1), **batch_norm_parts("bn", 4, rng())}
+    nodes = [node("Relu", ["x"], ["r"]), batch_norm("r", "n", "bn"), node("Conv", ["n", "w"], ["y"])]
+    model = build(nodes, ("n", 4, 6, 6), constants)
+    model.graph.node[0].CopyFrom(node("Gelu", ["x"], ["r"], domain="com.microsoft"))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    fold = fold_onnx(model)
+    assert fold.folded == ("bn",)
+    x = normal(2, 4, 6, 6)
+    before, after = run_plainly(model, x)[0], run_plainly(fold.model, x)[0]
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
+
+
+def test_a_branch_that_returns_a_value_of_the_graph_around_it() -> None:
+    constants = {"w": normal(4, 4, 3, 3), "zero": np.float32(0).reshape(())}
+    constants |= batch_norm_parts("bn", 4, rng())
+    out = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("t", "e")]
+    nodes = [
+        node("Conv", ["x", "w"], ["v"]),
+        batch_norm("v", "n", "bn"),
+        node("ReduceMax", ["x"], ["top"], keepdims=0),
+        node("Greater", ["top", "zero"], ["positive"]),
+        node(
+            "If",
+            ["positive"],
+            ["y"],
+            then_branch=helper.make_graph([node("Relu", ["n"], ["t"])], "then", [], out[:1]),
+            else_branch=helper.make_graph([node("Identity", ["n"], ["e"])], "else", [], out[1:]),
+        ),
+    ]
+    model = build(nodes, ("n", 4, 6, 6), constants)
+    fold = fold_onnx(model)
+    assert fold.folded == ("bn",)
+    onnx.checker.check_model(fold.model)
+    for x in (normal(2, 4, 6, 6), -np.abs(normal(2, 4, 6, 6))):
+        before, after = run_plainly(model, x)[0], run_plainly(fold.model, x)[0]
+        np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_function_of_a_conv_takes_in_what_follows_it(whole: bool) -> None:
+    body = [node("Conv", ["x", "w"], ["c"]), node("Mul", ["c", "k"], ["y"])]
+    function = helper.make_function(
+        "local",
+        "Block",
+        ["x", "w", "k"],
+        ["y"],
+        body if whole else [node("Conv", ["x", "w"], ["y"])],
+        [helper.make_opsetid("", 20)],
+    )
+    constants = {"w": normal(4, 3, 3, 3), "k": normal(4, 1, 1), **batch_norm_parts("bn", 4, rng())}
+    nodes = [node("Block", ["x", "w", "k"], ["c"], domain="local"), batch_norm("c", "y", "bn")]
+    fold = fold_onnx(build(nodes, ("n", 3, 6, 6), constants, functions=[function]))
+    assert [n.op_type for n in fold.model.graph.node] == ["Conv"]
+    plain = [*(body if whole else body[:1]), batch_norm("y" if whole else "c", "z", "bn")]
+    check_same(build(plain, ("n", 3, 6, 6), constants, outputs=["z"]), fold.model, normal(2, 3, 6, 6))

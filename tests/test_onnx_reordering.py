@@ -15,7 +15,7 @@ from onnx_graphs import build, evaluate_in_float64, run_plainly
 from torch import nn
 
 from renormify.onnx import export_onnx, verify_onnx
-from renormify.onnx.reordering import join_concats, pool_first
+from renormify.onnx.reordering import average_whole, join_concats, pool_first, rectify_first, reorder
 
 node = helper.make_node
 HALF = {"kernel_shape": [2, 2], "strides": [2, 2]}
@@ -110,3 +110,78 @@ def test_a_transition_of_densenet_is_exported_so(tmp_path: Path) -> None:
     export_onnx(model, x, tmp_path / "plain.onnx", fold=False)
     operators = [n.op_type for n in onnx.load(tmp_path / "plain.onnx").graph.node]
     assert operators == ["BatchNormalization", "Relu", "Conv", "AveragePool", "Conv"]
+
+
+def pooled(*, outputs: tuple[str, ...] = (), conv: bool = True) -> onnx.ModelProto:
+    """Conv, or nothing, MaxPool and Relu; ``outputs`` beside the last."""
+    weight = np.random.default_rng(0).normal(0, 1, (3, 4, 3, 3)).astype(np.float32)
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]) if conv else node("Identity", ["x"], ["c"]),
+        node("MaxPool", ["c"], ["p"], kernel_shape=[2, 2], pads=[1, 1, 0, 0]),
+        node("Relu", ["p"], ["y"]),
+    ]
+    return build(nodes, ("n", 4, 7, 7), {"w": weight}, outputs=["y", *outputs])
+
+
+def test_a_relu_goes_before_the_max_pooling_that_parts_it_from_a_conv() -> None:
+    before = pooled()
+    model = ir.from_proto(before)
+    assert rectify_first(model) == 1
+    after = ir.to_proto(model)
+    onnx.checker.check_model(after, full_check=True)
+    assert [n.op_type for n in after.graph.node] == ["Conv", "Relu", "MaxPool"]
+    x = np.random.default_rng(1).normal(0, 1, (2, 4, 7, 7)).astype(np.float32)
+    np.testing.assert_array_equal(run_plainly(after, x)[0], run_plainly(before, x)[0])
+
+
+@pytest.mark.parametrize("more", [{"outputs": ("c",)}, {"outputs": ("p",)}, {"conv": False}])
+def test_a_relu_stays_where_that_is_another_thing_or_no_gain(more: dict[str, Any]) -> None:
+    assert rectify_first(ir.from_proto(pooled(**more))) == 0
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize(("opset", "axes"), [(17, [2, 3]), (20, [-1, -2])])
+def test_a_mean_of_an_image_is_pooled(opset: int, axes: list[int], keepdims: int) -> None:
+    parts = {"axes": np.array(axes)} if opset > 17 else {}
+    old = {"keepdims": keepdims} if parts else {"keepdims": keepdims, "axes": axes}
+    nodes = [node("Relu", ["x"], ["r"]), node("ReduceMean", ["r", *parts], ["y"], name="mean", **old)]
+    before = build(nodes, ("n", 4, 7, 7), parts, opset=opset)
+    model = ir.passes.common.ShapeInferencePass()(ir.from_proto(before)).model
+    reorder(model)
+    after = ir.to_proto(model)
+    onnx.checker.check_model(after, full_check=True)
+    assert [n.op_type for n in after.graph.node] == [
+        "Relu",
+        "GlobalAveragePool",
+        *([] if keepdims else ["Flatten"]),
+    ]
+    assert not after.graph.initializer
+    x = np.random.default_rng(1).normal(0, 1, (2, 4, 7, 7)).astype(np.float32)
+    (truth,), (output,) = evaluate_in_float64(before, x), run_plainly(after, x)
+    np.testing.assert_allclose(output, truth, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "dtype"),
+    [
+        ([2], (2, 4, 7, 7), 1),
+        ([1, 2], (2, 4, 7), 1),
+        ([2, 3], (2, 4, 7, 7, 7), 1),
+        ([2, 3], (2, 4, 7, 7), 11),
+    ],
+)
+def test_other_means_stay(axes: list[int], shape: tuple[int, ...], dtype: int) -> None:
+    nodes = [node("ReduceMean", ["x", "axes"], ["y"])]
+    model = build(nodes, shape, {"axes": np.array(axes)}, dtype=dtype)
+    assert average_whole(ir.from_proto(model)) == 0
+
+
+def test_a_norm_through_max_pooling_leaves_no_relu_alone(tmp_path: Path) -> None:
+    """As in a ResNet-v2's stem: what the runtime fuses is a Relu right behind a Conv."""
+    stem = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+    x = torch.randn(2, 3, 12, 12)
+    path = export_onnx(stem, x, tmp_path / "m.onnx").path
+    assert [n.op_type for n in onnx.load(path).graph.node] == ["Conv", "Relu", "MaxPool", "Conv"]
+    assert verify_onnx(stem, path, x, layers=True).passed

@@ -229,6 +229,47 @@ def test_opsets_that_broadcast_by_attributes_are_left_alone() -> None:
     assert "opset 6 is older than 7" in site.reason
 
 
+def test_arithmetic_that_broadcasts_by_attributes_is_left_alone() -> None:
+    """Of a vector along axis 1, a newer opset would take the last axis."""
+    constants = {name: normal(4, seed=i) for i, name in enumerate("abc")}
+    nodes = [node("Relu", ["x"], ["r"])]
+    for name, (source, target) in zip(constants, ["rs", "st", "ty"], strict=True):
+        nodes.append(node("Mul" if name == "a" else "Add", [source, name], [target], broadcast=1, axis=1))
+    fold = fold_onnx(build(nodes, ("n", 4, 4, 4), constants, opset=6), leftover="affine")
+    assert [n.op_type for n in fold.model.graph.node] == ["Relu", "Mul", "Add", "Add"]
+
+
+def test_files_whose_initializers_were_all_inputs() -> None:
+    """IR version 3 knows no others, and a new one is no input."""
+    parts = {"w": normal(4, 4, 3, 3), **batch_norm_parts("bn", 4, rng())}
+    nodes = [node("Constant", [], [k], value=numpy_helper.from_array(v)) for k, v in parts.items()]
+    nodes += [node("Conv", ["x", "w"], ["v"]), batch_norm("v", "y", "bn")]
+    model = build(nodes, IMAGE, {}, opset=8)
+    model.ir_version = 3
+    fold = fold_onnx(model)
+    assert fold.folded == ("bn",)
+    check_close(model, fold.model, normal(2, 4, 6, 6))
+
+
+def test_float64_keeps_a_form_that_onnxruntime_has() -> None:
+    """It has no Conv in float64."""
+    parts = {name: array.astype(np.float64) for name, array in batch_norm_parts("bn", 4, rng()).items()}
+    nodes = [node("Relu", ["x"], ["r"]), batch_norm("r", "y", "bn")]
+    model = build(nodes, IMAGE, parts, dtype=TensorProto.DOUBLE)
+    fold = fold_onnx(model)
+    assert fold.batch_norm_nodes == 1
+    run_plainly(fold.model, normal(2, 4, 6, 6).astype(np.float64))
+
+
+def test_a_leftover_in_half_precision_tells_what_it_adds_too() -> None:
+    parts = {name: array.astype(np.float16) for name, array in batch_norm_parts("bn", 4, rng()).items()}
+    nodes = [node("Relu", ["x"], ["r"]), batch_norm("r", "y", "bn")]
+    (site,) = fold_onnx(build(nodes, IMAGE, parts, dtype=TensorProto.FLOAT16)).sites
+    assert site.action == "rewritten"
+    assert site.rounding is not None
+    assert 0 < site.rounding <= 2**-11
+
+
 def test_a_file_beyond_one_message_gets_its_weights_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from renormify.errors import MissingExtraError, ModelSourceError
-from renormify.sources import build_model, input_shapes, names_code
+from renormify.sources import build_model, input_shapes, names_code, nearest
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,19 @@ def test_zoo_models_come_without_network_and_tell_their_shape(source, shape):
 def test_detection_models_fetch_no_backbone():
     source = "torchvision:ssdlite320_mobilenet_v3_large"
     assert input_shapes(source, build_model(source)) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "near"),
+    [
+        ("nofile.onnx", ["pFalse.onnx", "folded.onnx", "a.onnx"], ""),
+        ("modle.onnx", ["Model.onnx", "folded.onnx"], "; did you mean Model.onnx?"),
+        ("model.onx", ["model.onnx", "other.onx"], "; did you mean model.onnx?"),
+        ("net.pt", ["net.safetensors", "net.pth"], "; did you mean net.pth, net.safetensors?"),
+    ],
+)
+def test_near_files_are_near_before_their_suffix(given: str, there: list[str], near: str):
+    assert nearest(given, there, files=True) == near
 
 
 def test_unknown_models_suggest_near_ones():

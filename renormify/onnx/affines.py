@@ -102,8 +102,9 @@ class _BatchNorm(_Reader):
     def read(self, node: ir.Node, rank: int | None) -> tuple[ir.Value, Affine] | Refusal:
         if node.attributes.get_int("training_mode", 0):
             return Refusal("it normalises by the statistics of its batch (training_mode=1)")
-        if any(output.name and (output.uses() or output.is_graph_output()) for output in node.outputs[1:]):
-            return Refusal("its batch statistics are used as outputs")
+        # Before opset 14 that is what makes it normalise by its batch, whether or not they are used.
+        if any(output.name for output in node.outputs[1:]):
+            return Refusal("it puts out batch statistics, as in training")
         if not node.attributes.get_int("spatial", 1):
             return Refusal("it has statistics for each position, not for each channel (spatial=0)")
         arrays: list[Float64] = []

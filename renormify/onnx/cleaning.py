@@ -11,7 +11,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common as rules
 
-from renormify.onnx.surgery import NAME_SCOPES
+from renormify.onnx.surgery import NAME_SCOPES, drop_identities
 
 __all__ = ["clean"]
 
@@ -69,7 +69,9 @@ def clean(model: ir.Model) -> None:
         passes.LiftSubgraphInitializersToMainGraphPass(),
         passes.DeduplicateInitializersPass(),
         passes.CommonSubexpressionEliminationPass(),
-        passes.IdentityEliminationPass(),
+    )(model)
+    drop_identities(model)
+    ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),
         passes.OutputFixPass(),
         passes.NameFixPass(),

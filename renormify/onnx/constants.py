@@ -22,7 +22,8 @@ __all__ = [
 
 Float64 = npt.NDArray[np.float64]
 
-_FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+_HALVES = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, *_HALVES}
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ class Stored:
     Attributes:
         value: the initializer.
         rounding: the largest error that its type adds, relative to the largest entry of its row (all entries
-            of one index on the first axis).
+            of one index on the first axis); None for float32 and float64, whose rounding is no news.
     """
 
     value: ir.Value
-    rounding: float
+    rounding: float | None
 
 
 class ConstantStore:
@@ -102,6 +103,8 @@ class ConstantStore:
                 *(output for node in graph for output in node.outputs),
             )
         }
+        # Nodes get their names here too, and onnxruntime refuses two nodes of one name.
+        self._names |= {node.name for graph in model.graphs() for node in graph}
         self._stored: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
 
     @property
@@ -110,7 +113,7 @@ class ConstantStore:
         return bool(self._stored)
 
     def name(self, wanted: str) -> str:
-        """Return a name that no value of the model bears yet, as near to ``wanted`` as can be."""
+        """Return a name that no value and no node of the model bears yet, as near to ``wanted`` as can be."""
         name, count = wanted, 1
         while name in self._names:
             name, count = f"{wanted}_{count}", count + 1
@@ -135,7 +138,7 @@ class ConstantStore:
             )
             self._graph.register_initializer(value)
             self._stored[key] = value
-        return Stored(self._stored[key], _rounding(array, back))
+        return Stored(self._stored[key], _rounding(array, back) if dtype in _HALVES else None)
 
 
 def _rounding(exact: Float64, stored: Float64) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch.utils import _pytree as pytree
@@ -29,12 +30,14 @@ from renormify.onnx.examples import (
 )
 from renormify.onnx.files import check_destination, write_model
 from renormify.onnx.folding import Fold, fold_graph
-from renormify.onnx.reordering import join_concats, pool_first
+from renormify.onnx.opsets import LOWEST_OPSET, lower, newest_opset
+from renormify.onnx.reordering import reorder
 
 __all__ = ["Export", "export_onnx"]
 
-# The lowest opset that torch's exporter writes; below it the finished file is converted.
-LOWEST_OPSET = 18
+# The opsets that torch's exporter writes by itself; from there the finished model is converted. Asked for a
+# newer one, it may leave newer operators in a model that says it is of opset 18.
+EXPORTED_OPSETS = (18, 23)
 BATCH = "batch"
 _FIXED_BATCH = (
     "; in Python, export_onnx(..., dynamic_batch=False) exports it for the example's batch size alone"
@@ -87,17 +90,24 @@ def export_onnx(
             Otherwise one row serves as well as any.
         path: the file to write.
         dynamic_batch: whether the file takes every batch size, or only the example's.
-        fold: whether to fold BatchNormalization into its neighbours (see ``fold_onnx``), to average before a
-            pointwise Conv rather than behind it, and to join a Concat of Concats.
-        opset_version: the ONNX opset, or None for the one that torch's exporter prefers.
+        fold: whether to fold BatchNormalization into its neighbours (see ``fold_onnx``), and to write what
+            computes the same in another order that costs less: average pooling before a pointwise Conv,
+            Relu before max pooling, one Concat for a Concat of Concats.
+        opset_version: the ONNX opset, from 13 to the newest that the installed onnx knows, or None for the
+            one that torch's exporter prefers. Below 18 the file gets the IR version of that opset's time too.
 
     Raises:
-        errors.InputError: ``model`` is no module, or ``args`` hold no tensor.
+        errors.InputError: ``model`` is no module, ``args`` hold no tensor, or there is no such opset.
         errors.OutputError: the folder of ``path`` does not exist.
         errors.ExportError: torch cannot export the model, or not with a dynamic batch, or not in that opset.
     """
     if not isinstance(model, torch.nn.Module):
         raise errors.InputError(f"expected a torch.nn.Module to export (got {type(model).__name__})")
+    if opset_version is not None and not LOWEST_OPSET <= opset_version <= newest_opset():
+        raise errors.InputError(
+            f"expected an opset from {LOWEST_OPSET} to {newest_opset()}, the newest that the installed onnx "
+            f"knows (got {opset_version})"
+        )
     model = unwrapped(model)
     arguments = as_arguments(args)
     destination = check_destination(path)
@@ -106,8 +116,7 @@ def export_onnx(
     clean(exported)
     sites = fold_graph(exported) if fold else None
     if fold:
-        pool_first(exported)
-        join_concats(exported)
+        reorder(exported)
     exported = _in_opset(exported, opset_version)
     write_model(exported, destination)
     return Export(
@@ -122,7 +131,8 @@ def _export(
 ) -> ir.Model:
     """Run torch's exporter without its optimizer, quietly, and name what it left unnamed."""
     size = batch_size(arguments) if dynamic_batch else None
-    opset = None if opset_version is None else max(opset_version, LOWEST_OPSET)
+    lowest, highest = EXPORTED_OPSETS
+    opset = None if opset_version is None else min(max(opset_version, lowest), highest)
     shapes, given = None, arguments
     if size is not None:
         dynamic = torch.export.Dim.DYNAMIC
@@ -278,18 +288,23 @@ def _in_opset(model: ir.Model, opset_version: int | None) -> ir.Model:
     """Return ``model`` in the opset asked for.
 
     Raises:
-        errors.ExportError: onnx has no conversion for one of the operators.
+        errors.ExportError: that opset has no form for one of the operators.
     """
-    if opset_version is None or model.opset_imports[""] == opset_version:
+    written = model.opset_imports[""]
+    if opset_version is None or written == opset_version:
         return model
-    import onnx
-
-    try:
-        return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), opset_version))
-    except Exception as error:  # the converter raises RuntimeError and its own ConvertError
-        # The converter puts a line of its C++ in front.
-        reason = errors.one_line(str(error).rpartition("` failed: ")[2]) or type(error).__name__
-        raise errors.ExportError(
-            f"the model cannot be written in opset {opset_version}: {reason}; "
-            f"opset_version={LOWEST_OPSET} or newer needs no conversion"
-        ) from error
+    if opset_version < written:
+        lowered = lower(model, opset_version)
+        if isinstance(lowered, ir.Model):
+            return lowered
+        reason = lowered.reason
+    else:
+        try:
+            return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), opset_version))
+        except Exception as error:  # the converter raises RuntimeError and its own ConvertError
+            # It puts a line of its C++ in front.
+            reason = errors.one_line(str(error).rpartition("` failed: ")[2]) or type(error).__name__
+    raise errors.ExportError(
+        f"the model cannot be written in opset {opset_version}: {reason}; opset_version={written} needs no "
+        "conversion"
+    )

@@ -12,17 +12,19 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from renormify import errors
-from renormify.onnx.constants import ConstantStore, Refusal, is_constant
+from renormify.onnx.constants import ConstantStore, Refusal, is_constant, is_standard
 from renormify.onnx.files import check_destination, read_model, write_model
 from renormify.onnx.leftovers import FORMS, MERGED, rewrite_leftover
 from renormify.onnx.routes import plan_backward, plan_forward
 from renormify.onnx.runs import Run, find_run, is_batch_norm
-from renormify.onnx.surgery import Applied, apply, module_path, replace_run
+from renormify.onnx.surgery import Applied, apply, drop_identities, module_path, replace_run
 
 __all__ = ["Fold", "FoldSite", "fold_graph", "fold_onnx"]
 
 # Before it, Mul and Add broadcast by attributes of their own.
 LOWEST_OPSET = 7
+IR_OF_FREE_INITIALIZERS = 4
+_WORTH_INLINING = ("BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class FoldSite:
         reason: why it was not folded, in words; empty where it was.
         kind: "BatchNormalization" or "chain".
         copied: bytes by which its fold makes the file larger, for weights that others still use as they were.
-        rounding: for float16 and bfloat16, the largest error of the weights it was folded into, relative to
-            the largest weight of their row; None for float32 and float64.
+        rounding: for float16 and bfloat16, the largest error of the weights it was folded into or rewritten
+            to, relative to the largest weight of their row; None for float32 and float64.
     """
 
     name: str
@@ -137,22 +139,43 @@ def fold_onnx(
     return Fold(ir.to_proto(model), sites)
 
 
-def fold_graph(model: ir.Model, *, leftover: str = "auto") -> tuple[FoldSite, ...]:
-    """Fold ``model`` in place and return its sites: ``fold_onnx`` for a model that is held already."""
-    if any(is_batch_norm(node) for function in model.functions.values() for node in function.all_nodes()):
-        # A function cannot see the main graph's weights, and its callers may each bring their own.
-        passes.InlinePass()(model)
-    passes.IdentityEliminationPass()(model)
+def fold_graph(model: ir.Model, *, leftover: str = "auto", most: int | None = None) -> tuple[FoldSite, ...]:
+    """Fold ``model`` in place and return its sites: ``fold_onnx`` for a model that is held already.
+
+    Args:
+        model: the model.
+        leftover: as in ``fold_onnx``.
+        most: after how many sites to leave off, or None for all of them.
+    """
+    # A function cannot see the main graph's weights, and its callers may each bring their own. One that has
+    # nothing to fold stays: a runtime may know it by its name.
+    passes.InlinePass(lambda function: _may_fold(function) and _of_one_opset(function, model))(model)
+    drop_identities(model)
     if any(output.shape is None for node in model.graph.all_nodes() for output in node.outputs):
         passes.ShapeInferencePass()(model)
     folder = _Folder(model, leftover)
     for node in list(model.graph.all_nodes()):
+        if most is not None and folder.count >= most:
+            break
         if node.graph is not None:  # an earlier one may have taken it along
             folder.visit(node)
+    for function in model.functions.values():
+        folder.leave(function)
     sites = folder.finish()
     if folder.constants.used or any(site.action != "kept" for site in sites):
         passes.RemoveUnusedNodesPass()(model)
+        # Before it, each initializer had to be an input as well; the new ones are not.
+        model.ir_version = max(model.ir_version, IR_OF_FREE_INITIALIZERS)
     return sites
+
+
+def _may_fold(function: ir.Function) -> bool:
+    return any(is_standard(node) and node.op_type in _WORTH_INLINING for node in function.all_nodes())
+
+
+def _of_one_opset(function: ir.Function, model: ir.Model) -> bool:
+    known = model.opset_imports
+    return all(known.get(domain, version) == version for domain, version in function.opset_imports.items())
 
 
 @dataclass(frozen=True)
@@ -176,12 +199,17 @@ class _Folder:
         self._sites: list[FoldSite] = []
         self._rests: list[_Rest] = []
 
+    @property
+    def count(self) -> int:
+        """How many sites have been met so far."""
+        return len(self._sites)
+
     def visit(self, node: ir.Node) -> None:
         """Fold the run that begins with ``node``, if there is one, and account for it."""
         if node in self._visited:
             return
         run = find_run(node)
-        if self._opset < LOWEST_OPSET and is_batch_norm(node):
+        if self._opset < LOWEST_OPSET:
             run = Refusal(f"opset {self._opset} is older than {LOWEST_OPSET}")
         if isinstance(run, Refusal):
             if is_batch_norm(node):
@@ -202,6 +230,13 @@ class _Folder:
             copied = 0 if index else outcome.copied
             self._sites.append(FoldSite(name, "folded", outcome.into, "", kind, copied, outcome.rounding))
 
+    def leave(self, function: ir.Function) -> None:
+        """Account for the norms of a function that could not be opened."""
+        for node in function.all_nodes():
+            if is_batch_norm(node):
+                reason = f"the function {function.name} is of another opset than the graph"
+                self._sites.append(FoldSite(self._name(node), "kept", None, reason))
+
     def finish(self) -> tuple[FoldSite, ...]:
         """Write what did not fold in the form that was asked for; return the account."""
         for rest in self._rests:
@@ -210,17 +245,22 @@ class _Folder:
                 continue
             written = rewrite_leftover(run, self._leftover, self.constants)
             if not isinstance(written, Refusal):
-                nodes, form = written
-                replace_run(run, nodes)
+                replace_run(run, written.nodes)
             for place in rest.places:
                 site = self._sites[place]
                 if isinstance(written, Refusal):
                     reason = "; ".join(filter(None, (rest.reason, written.reason)))
                     self._sites[place] = FoldSite(site.name, "kept", None, reason, site.kind)
-                elif form == MERGED and site.kind != "chain" and place == rest.places[0]:
-                    self._sites[place] = FoldSite(site.name, "kept", None, rest.reason, site.kind)
-                else:
-                    self._sites[place] = FoldSite(site.name, "rewritten", form, rest.reason, site.kind)
+                    continue
+                stays = written.form == MERGED and site.kind != "chain" and place == rest.places[0]
+                self._sites[place] = FoldSite(
+                    site.name,
+                    "kept" if stays else "rewritten",
+                    None if stays else written.form,
+                    rest.reason,
+                    site.kind,
+                    rounding=written.rounding,
+                )
         return tuple(self._sites)
 
     def _name(self, node: ir.Node) -> str:

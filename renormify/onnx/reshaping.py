@@ -34,20 +34,25 @@ def carried(array: Float64, before: ir.Shape, after: ir.Shape) -> Float64 | None
     for first, second in _groups(old, new):
         if all(array.shape[axis] == 1 for axis in first):
             continue
-        sizes = [old[axis] for axis in first], [new[axis] for axis in second]
-        if any(not isinstance(size, int) for size in (*sizes[0], *sizes[1])) or prod(
-            size for size in sizes[0] if isinstance(size, int)
-        ) != prod(size for size in sizes[1] if isinstance(size, int)):
+        sizes = _solved([old[axis] for axis in first], [new[axis] for axis in second])
+        if sizes is None:
             return None
-        for axis in first:
-            size = old[axis]
-            assert isinstance(size, int)
+        for axis, size in zip(first, sizes[0], strict=True):
             full[axis] = size
-        for axis in second:
-            size = new[axis]
-            assert isinstance(size, int)
+        for axis, size in zip(second, sizes[1], strict=True):
             shape[axis] = size
     return np.broadcast_to(array, full).reshape(shape)
+
+
+def _solved(one: list[Size], other: list[Size]) -> tuple[list[int], list[int]] | None:
+    """Return two lists of equal products with their one unknown size filled in; None if there are more."""
+    unknown = [sum(not isinstance(size, int) for size in sizes) for sizes in (one, other)]
+    products = [prod(size for size in sizes if isinstance(size, int)) for sizes in (one, other)]
+    missing, rest = divmod(products[0], products[1]) if unknown[1] else divmod(products[1], products[0])
+    if sum(unknown) > 1 or rest or (missing != 1 and not any(unknown)):
+        return None
+    first, second = ([size if isinstance(size, int) else missing for size in sizes] for sizes in (one, other))
+    return first, second
 
 
 def _size(dimension: int | ir.SymbolicDim) -> Size:

@@ -90,9 +90,12 @@ def _following(node: ir.Node) -> ir.Node | None:
 
 
 def _rank_by_weight(node: ir.Node) -> int | None:
-    """Return the rank of a convolution's result, where its shape is not known."""
+    """Return the rank of a convolution before a node, or of one behind it, where no shape is known."""
     producer = None if node.inputs[0] is None else node.inputs[0].producer()
-    if producer is None or producer.op_type not in ("Conv", "ConvTranspose", "Gemm"):
-        return None
-    weight = producer.inputs[1]
-    return None if weight is None or weight.shape is None else len(weight.shape)
+    behind = (use.node for use in node.outputs[0].uses() if use.idx == 0)
+    for neighbour in (*([] if producer is None else [producer]), *behind):
+        if neighbour.op_type in ("Conv", "ConvTranspose", "Gemm") and is_standard(neighbour):
+            weight = neighbour.inputs[1]
+            if weight is not None and weight.shape is not None:
+                return len(weight.shape)
+    return None

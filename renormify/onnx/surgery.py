@@ -10,18 +10,25 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from renormify.onnx.affines import read_affine
-from renormify.onnx.constants import ConstantStore, Refusal, Stored
+from renormify.onnx.constants import ConstantStore, Refusal, Stored, is_standard
 from renormify.onnx.operators import Edit
 from renormify.onnx.runs import Run
 
-__all__ = ["FOLDED_FROM", "NAME_SCOPES", "Applied", "apply", "bypass", "module_path", "replace_run"]
+__all__ = [
+    "FOLDED_FROM",
+    "NAME_SCOPES",
+    "Applied",
+    "apply",
+    "bypass",
+    "drop_identities",
+    "module_path",
+    "replace_run",
+]
 
 #: Where torch's exporter writes the module path of a node; it survives the export.
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 #: Where a node that has taken in an affine says whose: a JSON list of the sites' names, in order.
 FOLDED_FROM = "renormify.folded_from"
-
-_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def apply(
         node = edit.node
         for position, new in values.items():
             copied += _put(node, position, new.value)
-            if new.value.dtype in _HALVES:
+            if new.rounding is not None:
                 roundings.append(new.rounding)
         for key, number in edit.attributes.items():
             node.attributes[key] = ir.AttrFloat32(key, number)
@@ -110,6 +117,27 @@ def replace_run(run: Run, nodes: Sequence[ir.Node]) -> None:
     new.shape, new.type = y.shape, y.type
     _remove(run)
     y.name, new.name = None, name
+
+
+def drop_identities(model: ir.Model) -> None:
+    """Let what uses an Identity use its input, in place; one that returns a value from outside stays.
+
+    onnx_ir's own pass also takes the Identity by which a branch returns a value of the graph around it.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Identity" or not is_standard(node) or node.inputs[0] is None:
+            continue
+        x, y = node.inputs[0], node.outputs[0]
+        producer, graph, name = x.producer(), node.graph, y.name
+        assert graph is not None  # it was reached through its graph
+        was_output = y.is_graph_output()
+        if was_output and (producer is None or producer.graph is not graph or x.is_graph_output()):
+            continue
+        x.shape, x.type = x.shape or y.shape, x.type or y.type
+        y.replace_all_uses_with(x, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        if was_output:
+            y.name, x.name = None, name
 
 
 def _remove(run: Run) -> None:
