@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
-from renormify.calls import calls_batch_norm, calls_super_forward
 from renormify.counterparts import (
     Thawed,
     class_of,
@@ -27,6 +26,7 @@ from renormify.errors import UnsupportedModelError, one_line
 from renormify.forwards import TrainingForward, calls_in_forward
 from renormify.graphs import LayerRewrite, is_own, problem_of
 from renormify.layers import Renormalised, is_batch_renorm
+from renormify.references import calls_batch_norm, calls_super_forward
 from renormify.registry import rule_for
 from renormify.settings import Settings
 from renormify.sites import Site
