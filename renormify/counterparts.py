@@ -139,7 +139,8 @@ def names_given(cls: type[nn.Module]) -> set[str]:
     base = torch_base(cls) or nn.Module
     layer = _LAYERS.get(base, Thawed)
     overridable = {*dir(base), "forward", *vars(_Derived)}
-    return {*dir(layer), *_ATTRIBUTES[issubclass(layer, Thawed)]} - overridable | {"original", "base"}
+    given = {name for name in dir(layer) if not name.startswith("__")} - overridable
+    return given | {*_ATTRIBUTES[issubclass(layer, Thawed)], "original", "base"}
 
 
 _OF_A_LAYER = (

@@ -124,7 +124,7 @@ class _Record:
     """A trace, what it is a trace of, and the functions made of it."""
 
     key: _Key
-    names: tuple[str, ...]
+    names: tuple[object, ...]
     trace: Trace
     fixed: list[Any]
     functions: dict[Any, Callable[..., Any]] = field(default_factory=dict)
@@ -184,15 +184,19 @@ def _record(
     return record
 
 
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """The name that a graph uses of each tensor and module registered: of one under two names, the first."""
+def _names(module: nn.Module) -> tuple[object, ...]:
+    """The name that a graph uses of each tensor and module registered: of one under two names, the first.
+
+    A module with tensors that are not registered is like no other: a forward may decide by their values.
+    """
     registered: Any = chain(
         module.named_parameters(remove_duplicate=False),
         module.named_buffers(remove_duplicate=False),
         module.named_modules(remove_duplicate=False),
     )
     first: dict[int, str] = {}
-    return tuple(first.setdefault(id(value), name) for name, value in registered)
+    unregistered = (object() for value in vars(module).values() if isinstance(value, Tensor))
+    return *(first.setdefault(id(value), name) for name, value in registered), *unregistered
 
 
 def _fixed(module: nn.Module, read: tuple[str, ...]) -> list[Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -90,10 +92,12 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _sites_in_forward(path: str, module: nn.Module) -> Iterator[Site]:
     calls, problem = calls_in_forward(module, type(module).forward)
+    if not calls and not _may_have_statistics(module):
+        return  # it standardises its weights
     if problem:
         problem = f"its forward calls batch_norm and cannot be traced ({problem}); make it call a layer"
         yield Site(path, _CALL, None, module, path, problem=problem)
-    elif not calls and _calls_in_evaluation(module):
+    elif not calls and calls_in_forward(module, type(module).forward, training=False)[0]:
         yield Site(path, _CALL, None, module, path, problem="it calls batch_norm in evaluation alone")
     for number, call in enumerate(calls):
         name = f"{path}:{number}" if number else path
@@ -101,9 +105,13 @@ def _sites_in_forward(path: str, module: nn.Module) -> Iterator[Site]:
         yield Site(name, _CALL, channels, module, path, path, number, (call,), problem_of(call))
 
 
-def _calls_in_evaluation(module: nn.Module) -> bool:
-    has_statistics = next(module.buffers(), None) is not None
-    return has_statistics and bool(calls_in_forward(module, type(module).forward, training=False)[0])
+def _may_have_statistics(module: nn.Module) -> bool:
+    """Whether there are tensors that may be running statistics: buffers, unregistered ones, or arguments."""
+    _, *arguments = inspect.signature(type(module).forward).parameters.values()
+    if len(arguments) > 2 or any(argument.kind is argument.VAR_POSITIONAL for argument in arguments):
+        return True
+    values = chain.from_iterable(vars(part).values() for part in module.modules())
+    return any(isinstance(value, torch.Tensor) for value in chain(module.buffers(), values))
 
 
 def _sites_in_graph(path: str, module: fx.GraphModule) -> Iterator[Site]:

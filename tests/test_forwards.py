@@ -180,6 +180,20 @@ def test_module_that_ties_its_tensors_has_a_trace_of_its_own() -> None:
     assert pair[1](x).abs().max() == 0
 
 
+def test_decision_by_an_unregistered_tensor_is_each_modules_own() -> None:
+    class Decides(State):
+        def __init__(self, sign: float) -> None:
+            super().__init__()
+            self.sign = torch.tensor(sign)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) if self.sign > 0 else -self.norm(x)
+
+    x = image()
+    pair = renormify(nn.ModuleList((Decides(1.0), Decides(-1.0))))
+    assert torch.equal(pair[0](x), -pair[1](x))
+
+
 def test_shared_traces_keep_no_model_alive() -> None:
     model = renormify(lived_in(nn.Sequential(State(), BatchNormAct2d(C))))
     model(image())
