@@ -78,7 +78,7 @@ def _named_functions(module: nn.Module) -> Iterator[Any]:
         yield function
         if isinstance(function, FunctionType) and not _is_of_a_library(function):
             defaults = (function.__defaults__ or ()) + tuple((function.__kwdefaults__ or {}).values())
-            stack += [_Named(value, None) for value in defaults]
+            stack += [_Named(value, owner) for value in defaults]
             stack += _Reader(function, owner).names()
             if any("super" in code.co_names for code in _codes(function)):
                 stack += _inherited(function, owner)
@@ -116,11 +116,11 @@ class _Reader:
 
     Args:
         function: whose code is read; it is not run.
-        owner: its first argument, if it is a method.
+        owner: its first argument, if it is a method; taken to be that of functions called by their name too.
     """
 
     def __init__(self, function: FunctionType, owner: Any) -> None:
-        self.function = function
+        self.function, self.owner = function, owner
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
         self.known = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
         if function.__code__.co_argcount:
@@ -139,9 +139,11 @@ class _Reader:
                 if not operation.startswith(_READING):
                     continue
                 holder, value = value, self._read(operation, name, value)
+                is_method = operation.startswith(_ATTRIBUTE) and not isinstance(holder, (ModuleType, type))
+                owner = holder if is_method else self.owner
                 held = value.values() if type(value) is dict else value
                 values = held if isinstance(value, (dict, list, tuple)) else (value,)
-                yield from (_Named(one, holder) for one in values if callable(one) or type(one) in _WRAPPERS)
+                yield from (_Named(one, owner) for one in values if callable(one) or type(one) in _WRAPPERS)
 
     def _read(self, operation: str, name: Any, value: Any) -> Any:
         """What an instruction puts on the stack, upon ``value``."""
@@ -156,7 +158,7 @@ class _Reader:
             return getattr(value, name, value)
         if operation == "LOAD_CONST":  # as in getattr(F, "batch_norm")
             return _attribute(value, name) if isinstance(name, str) else value
-        return _attribute(value, name) if operation.startswith(("LOAD_ATTR", "LOAD_METHOD")) else None
+        return _attribute(value, name) if operation.startswith(_ATTRIBUTE) else None
 
 
 def _bound(name: str, value: Any) -> Any:
@@ -167,6 +169,7 @@ def _bound(name: str, value: Any) -> Any:
 
 _WRAPPERS = (staticmethod, classmethod, property)
 _READING = ("LOAD_", "IMPORT_")
+_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 def _inherited(function: FunctionType, owner: Any) -> Iterator[_Named]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -149,6 +150,28 @@ class InALambda(Methods):
         return (lambda y: self.method(y))(x)
 
 
+def doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrapped(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * forward(self, x)
+
+    return wrapped
+
+
+class Decorated(Methods):
+    @doubled
+    def forward(self, x: Tensor) -> Tensor:
+        return self.method(x)
+
+
+def applied(module: Methods, x: Tensor) -> Tensor:
+    return module.method(x)
+
+
+class FirstArgument(Methods):
+    def forward(self, x: Tensor) -> Tensor:
+        return applied(self, x)
+
+
 class ByName(State):
     def forward(self, x: Tensor) -> Tensor:
         norm = getattr(F, "batch_norm")  # noqa: B009
@@ -184,7 +207,7 @@ FORMS: dict[str, type[State]] = {
     for form in (
         ImportsModule, ImportsPackage, ImportsFunction, Local, Table, InAList, StaticMethod, CallableGlobal,
         CallableAttribute, MethodOfAttribute, ClassMethod, ByTheClass, ByTheType, Property, InALambda, ByName,
-        Cached, OfAnotherModule,
+        Cached, OfAnotherModule, Decorated, FirstArgument,
     )
 }  # fmt: skip
 
