@@ -148,6 +148,7 @@ def _traces(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(forwards, "trace_forward", counting)
+        patch.setattr(forwards, "_records", weakref.WeakSet())
         convert(model, inplace=True)
     return count
 
