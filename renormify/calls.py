@@ -1,24 +1,19 @@
-"""Calls of batch_norm: in the nodes of a graph, and in the code of a forward that was not traced yet."""
+"""Calls of batch_norm in the nodes of a graph."""
 
 from __future__ import annotations
 
-import dis
-import functools
-import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 __all__ = [
+    "NORM_FUNCTIONS",
     "NormCall",
-    "calls_batch_norm",
-    "calls_super_forward",
     "index_of",
     "norm_calls",
     "operator_name",
@@ -131,105 +126,4 @@ def operator_name(node: fx.Node) -> str:
 
 
 # The same functions as a forward may name them.
-_CALLABLES = {*_ARGUMENTS, *(getattr(op, "overloadpacket", op) for op in _ARGUMENTS)}
-
-
-def calls_batch_norm(module: nn.Module) -> bool:
-    """Whether the module's own forward names batch_norm, itself or in functions that it calls.
-
-    Read from the code, which is there also where the forward cannot be traced. Code of torch is not entered.
-    """
-    return any(target in _CALLABLES for target in _named_functions(module) if _is_hashable(target))
-
-
-def calls_super_forward(module: nn.Module) -> bool:
-    """Whether every forward before that of torch.nn leaves the normalising to the class it derives from."""
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("torch.nn."):
-            return True
-        names = {name for code in _codes(vars(cls).get("forward")) for name in code.co_names}
-        if "forward" in vars(cls) and not {"super", "forward"} <= names:
-            return False
-    return True
-
-
-def _is_hashable(thing: object) -> bool:
-    return getattr(type(thing), "__hash__", None) is not None
-
-
-def _codes(function: Any) -> Iterator[CodeType]:
-    code = getattr(function, "__code__", None)
-    stack = [] if code is None else [code]
-    while stack:
-        code = stack.pop()
-        yield code
-        stack += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-
-
-def _named_functions(module: nn.Module) -> Iterator[Any]:
-    """Every function that the forward names, and those that these name, each once."""
-    seen: set[int] = set()
-    stack: list[Any] = [type(module).forward]
-    while stack:
-        function = stack.pop()
-        if isinstance(function, functools.partial):
-            function = function.func
-        if isinstance(function, MethodType):
-            function = function.__func__
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
-        yield function
-        if isinstance(function, FunctionType) and not str(function.__module__).startswith("torch."):
-            stack += (function.__defaults__ or ()) + tuple((function.__kwdefaults__ or {}).values())
-            for code in _codes(function):
-                stack += _names(code, function, module)
-                if "super" in code.co_names:
-                    stack += _inherited(code.co_names, module)
-
-
-def _names(code: CodeType, function: FunctionType, module: nn.Module) -> Iterator[Any]:
-    """What chains of names such as ``F.batch_norm`` or ``self.norm`` stand for, as far as they are known."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
-    outer = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
-    own = code.co_varnames[0] if code.co_argcount else None
-    value: Any = None
-    for instruction in dis.get_instructions(code):
-        name, operation = instruction.argval, instruction.opname
-        if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
-            value = function.__globals__.get(name)
-        elif operation in ("LOAD_DEREF", "LOAD_CLOSURE"):
-            value = outer.get(name)
-        elif operation.startswith("LOAD_FAST"):
-            value = module if name == own else None
-        elif operation in ("LOAD_ATTR", "LOAD_METHOD") and value is not None:
-            value = _attribute(value, name)
-        else:
-            continue
-        if callable(value):
-            yield value
-
-
-def _inherited(names: tuple[str, ...], module: nn.Module) -> Iterator[Any]:
-    """What ``super()`` may find under some names: all that the module's class and its ancestors have."""
-    for cls in type(module).__mro__:
-        yield from (vars(cls)[name] for name in names if name in vars(cls))
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name of an enclosing function that was not bound yet
-        return False
-
-
-def _attribute(value: Any, name: str) -> Any:
-    """Of a Python module, an operator's namespace or the module itself; others may compute when asked."""
-    if isinstance(value, nn.Module):
-        found = value.__dict__.get(name, getattr(type(value), name, None))
-        return None if isinstance(found, property) else found
-    if isinstance(value, (ModuleType, torch._ops.OpOverloadPacket)):
-        return getattr(value, name, None)
-    if isinstance(value, type) and issubclass(value, nn.Module):
-        return inspect.getattr_static(value, name, None)
-    return None
+NORM_FUNCTIONS = frozenset({*_ARGUMENTS, *(getattr(op, "overloadpacket", op) for op in _ARGUMENTS)})

@@ -33,7 +33,16 @@ from renormify.layers import (
 )
 from renormify.sync import SyncBatchRenorm, Synchronised
 
-__all__ = ["Thawed", "WithOwnForward", "class_of", "counterpart", "set_class", "synchronised", "torch_base"]
+__all__ = [
+    "Thawed",
+    "WithOwnForward",
+    "class_of",
+    "counterpart",
+    "names_given",
+    "set_class",
+    "synchronised",
+    "torch_base",
+]
 
 _LAYERS: dict[type[nn.Module], type[Renormalised]] = {
     nn.BatchNorm1d: BatchRenorm1d,
@@ -91,6 +100,11 @@ class _WithoutBatchNorm(type):
         return [ancestor for ancestor in super().mro() if ancestor not in _LAYERS]
 
 
+def _metaclass(original: type[type]) -> type[type]:
+    """That of a class, such as ABCMeta, which leaves BatchNorm out too."""
+    return _WithoutBatchNorm if original is type else type("_Meta", (_WithoutBatchNorm, original), {})
+
+
 class _Derived(nn.Module):
     """A class of someone else's that was given Batch Renorm; made at run time, so pickled by what made it."""
 
@@ -98,6 +112,9 @@ class _Derived(nn.Module):
     base: type[Renormalised]
     running_mean: Tensor
     running_var: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keeps the class from what the original does with classes that its author derives."""
 
     @contextmanager
     def _statistics_as_the_weight(self) -> Iterator[None]:
@@ -117,6 +134,28 @@ class _Derived(nn.Module):
         return _new, (self.original, self.base), *state
 
 
+def names_given(cls: type[nn.Module]) -> set[str]:
+    """The names that a module of a class gets, where something of its own must not be in the way."""
+    base = torch_base(cls) or nn.Module
+    layer = _LAYERS.get(base, Thawed)
+    overridable = {*dir(base), "forward", *vars(_Derived)}
+    given = {name for name in dir(layer) if not name.startswith("__")} - overridable
+    return given | {*_ATTRIBUTES[issubclass(layer, Thawed)], "original", "base"}
+
+
+_OF_A_LAYER = (
+    "r_max",
+    "d_max",
+    "stat",
+    "_r_max",
+    "_d_max",
+    "_rejected",
+    "_limits",
+    "_warned",
+    "converted_from",
+)
+_ATTRIBUTES = {False: (*_OF_A_LAYER, "rewritten"), True: (*_OF_A_LAYER, "lent", "order")}
+
 _made: dict[tuple[type[nn.Module], type[Renormalised]], type[Renormalised]] = {}
 
 
@@ -131,7 +170,7 @@ def _derived(original: type[nn.Module], base: type[Renormalised]) -> type[Renorm
         elif issubclass(original, _LazyNormBase):  # it becomes another class in the midst of its first call
             bases, own["cls_to_become"] = (_Derived, original, base), base
         name = original.__name__.replace("BatchNorm", "BatchRenorm")
-        _made[original, base] = cast("type[Renormalised]", _WithoutBatchNorm(name, bases, own))
+        _made[original, base] = cast("type[Renormalised]", _metaclass(type(original))(name, bases, own))
     return _made[original, base]
 
 

@@ -341,7 +341,8 @@ def _documented(dims: str, shape: str, example: str) -> Callable[[type], type]:
 
 def bears_limits(module: nn.Module) -> TypeGuard[Renormalised]:
     """Whether ``r_max`` and ``d_max`` of a module are those of Batch Renorm: a layer's, or of its calls."""
-    return getattr(module, "calls_batch_renorm", False) is True
+    # Not asked of the instance: one that hands on what it lacks would answer for another.
+    return "calls_batch_renorm" in vars(module) or hasattr(type(module), "calls_batch_renorm")
 
 
 def is_batch_renorm(module: nn.Module) -> TypeGuard[Renormalised]:

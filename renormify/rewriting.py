@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.parameter import UninitializedBuffer
 
 from renormify.errors import NothingToConvertError, RenormifyWarning, UnsupportedModelError
+from renormify.forwards import traces_kept
 from renormify.functions import calls_renorm, convert_forward, convert_graph, restore_forward
 from renormify.layers import Renormalised, is_batch_renorm
 from renormify.programs import is_program_module, make_trainable
@@ -32,6 +34,7 @@ from renormify.rules import (
 from renormify.selection import Selection
 from renormify.settings import Momentum, Settings
 from renormify.sites import Site, find_sites
+from renormify.snapshots import undone_upon_error
 from renormify.tracing import is_norm
 
 if TYPE_CHECKING:
@@ -162,15 +165,24 @@ def convert(
         InputError: for a setting out of range.
     """
     settings = Settings(r_max, d_max, momentum, stat, include_frozen)
-    if isinstance(model, ExportedProgram):
-        model = model.module()
-    _check_model(model)
-    verdicts = _judge(find_sites(model), settings, filter_fn)
-    _require_some(model, verdicts)
-    target = _target(model, inplace)
-    notes = [make_trainable(module) for module in target.modules() if is_program_module(module)]
-    target = _apply(target, verdicts, settings)
+    with _conversion():
+        if isinstance(model, ExportedProgram):
+            model = model.module()
+        _check_model(model)
+        verdicts = _judge(find_sites(model), settings, filter_fn)
+        _require_some(model, verdicts)
+        target = _target(model, inplace)
+        with undone_upon_error(target, _changing(verdicts)) if inplace else nullcontext():
+            notes = [make_trainable(module) for module in target.modules() if is_program_module(module)]
+            target = _apply(target, verdicts, settings)
     return Conversion(target, _report(verdicts, tuple(chain(*notes))))
+
+
+@contextmanager
+def _conversion() -> Iterator[None]:
+    """Makes tensors that can be trained, in inference mode too, and traces modules that are alike once."""
+    with torch.inference_mode(False), traces_kept():
+        yield
 
 
 def renormify(
@@ -281,8 +293,10 @@ def rewrite(graph_module: fx.GraphModule, settings: Settings = Settings()) -> Pa
         raise UnsupportedModelError(
             f"expected a GraphModule (got {type(graph_module).__name__}); see convert()"
         )
-    verdicts = _judge(find_sites(graph_module), settings, None)
-    _apply(graph_module, verdicts, settings)
+    with _conversion():
+        verdicts = _judge(find_sites(graph_module), settings, None)
+        with undone_upon_error(graph_module, _changing(verdicts)):
+            _apply(graph_module, verdicts, settings)
     return PassResult(graph_module, any(reason is None for _, reason in verdicts))
 
 
@@ -297,6 +311,10 @@ def _deselection(site: Site, filter_fn: Filter | None) -> str | None:
     if filter_fn is None or filter_fn(site.module, site.name):
         return None
     return filter_fn.why_not(site.name) if isinstance(filter_fn, Selection) else "left out by filter_fn"
+
+
+def _changing(verdicts: _Verdicts) -> list[nn.Module]:
+    return [site.module for site, reason in verdicts if reason is None]
 
 
 def _apply(model: nn.Module, verdicts: _Verdicts, settings: Settings) -> nn.Module:

@@ -10,15 +10,23 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
-from renormify.calls import calls_batch_norm, calls_super_forward
-from renormify.counterparts import Thawed, class_of, counterpart, set_class, synchronised, torch_base
-from renormify.errors import UnsupportedModelError
+from renormify.counterparts import (
+    Thawed,
+    class_of,
+    counterpart,
+    names_given,
+    set_class,
+    synchronised,
+    torch_base,
+)
+from renormify.errors import UnsupportedModelError, one_line
 from renormify.forwards import TrainingForward, calls_in_forward
 from renormify.graphs import LayerRewrite, is_own, problem_of
 from renormify.layers import Renormalised, is_batch_renorm
+from renormify.references import calls_batch_norm, calls_super_forward
 from renormify.registry import rule_for
 from renormify.settings import Settings
 from renormify.sites import Site
@@ -45,9 +53,11 @@ def refusal(site: Site, settings: Settings) -> str | None:
         return None
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    reason = _refusal_of_names(module)
+    if torch_base(type(module)) is None and (reason := _refusal_of_stranger(site, settings)):
+        return reason
+    reason = _refusal_of_names(module, names_given(class_of(module))) or _refusal_of_class(module)
     if torch_base(type(module)) is None:
-        return _refusal_of_stranger(site, settings) or reason
+        return reason
     return reason or _refusal_of_state(module) or _refusal_of_forward(module)
 
 
@@ -60,12 +70,25 @@ def _refusal_of_call(site: Site, settings: Settings) -> str | None:
         return "frozen: the call has training=False"
     if settings.momentum is None:
         return "a functional call has no count of batches, which a cumulative average (momentum=None) needs"
-    return _refusal_of_names(site.module)
+    return _refusal_of_names(site.module, {"r_max", "d_max", "calls_batch_renorm"})
 
 
-def _refusal_of_names(module: nn.Module) -> str | None:
-    taken = [name for name in ("r_max", "d_max", "stat") if hasattr(module, name)]
-    return f"has an attribute {taken[0]} of its own" if taken else None
+def _refusal_of_names(module: nn.Module, names: set[str]) -> str | None:
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    for cls in class_of(module).__mro__:
+        own |= vars(cls).keys() if not cls.__module__.startswith("torch.nn.") else set()
+    taken = sorted(names & own)
+    return f"has an attribute {taken[0]} of its own; rename that" if taken else None
+
+
+def _refusal_of_class(module: nn.Module) -> str | None:
+    try:
+        counterpart(class_of(module))
+    except Exception as error:  # what a metaclass may raise
+        return (
+            f"no class can be derived from {type(module).__name__} ({one_line(error)}); see register_rule()"
+        )
+    return None
 
 
 def _refusal_of_stranger(site: Site, settings: Settings) -> str | None:
@@ -202,8 +225,29 @@ def apply_rule(module: nn.Module, settings: Settings) -> Renormalised:
         raise UnsupportedModelError(
             f"the rule for {kind} must keep the names of its state: expected {expected} (got {names})"
         )
+    theirs = module.state_dict()
+    changed = [name for name, value in layer.state_dict().items() if not _is_equal(value, theirs[name])]
+    if changed:
+        raise UnsupportedModelError(
+            f"the rule for {kind} must keep its tensors, but {', '.join(changed)} differ from the module's; "
+            "load its state dict into the layer"
+        )
+    for name, hooks in vars(module).items():
+        if name in _HOOKS and not vars(layer)[name]:
+            vars(layer)[name] = hooks  # the same dictionary, from which who has registered one can remove it
     vars(layer)["replaces"] = (module,)  # in a tuple, it is no submodule
     return layer.train(module.training)
+
+
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
+
+
+def _is_equal(ours: object, theirs: object) -> bool:
+    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+        return True  # of extra state
+    return ours.shape == theirs.shape and (
+        ours.is_meta or theirs.is_meta or torch.equal(ours, theirs.to(ours.device, ours.dtype))
+    )
 
 
 def take_back(layer: Renormalised) -> nn.Module:

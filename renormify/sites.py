@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export.unflatten import InterpreterModuleDispatcher
 from torch.nn.modules.batchnorm import _NormBase
 
-from renormify.calls import NormCall, calls_batch_norm, norm_calls, operator_name, unknown_calls
+from renormify.calls import NormCall, norm_calls, operator_name, unknown_calls
 from renormify.forwards import calls_in_forward
 from renormify.graphs import problem_of
 from renormify.layers import Renormalised
+from renormify.references import calls_batch_norm
 from renormify.registry import rule_for
 from renormify.tracing import class_name, is_norm
 
@@ -67,8 +72,15 @@ def _sites(path: str, module: nn.Module) -> Iterator[Site]:
         yield Site(path, class_name(module), _channels(getattr(module, "running_var", None)), module, path)
     elif isinstance(module, fx.GraphModule):
         yield from _sites_in_graph(path, module)
-    elif not isinstance(module, torch.jit.ScriptModule) and calls_batch_norm(module):
-        yield from _sites_in_forward(path, module)
+    elif isinstance(module, InterpreterModuleDispatcher):  # of several calls, whose state is one
+        yield from _sites_interpreted(path, module._call_modules[0])
+    elif isinstance(vars(module).get("graph"), fx.Graph):
+        yield from _sites_interpreted(path, module)
+    elif calls_batch_norm(module):
+        if isinstance(module, torch.jit.ScriptModule):
+            yield Site(path, _CALL, None, module, path, problem="it is scripted; convert what it came from")
+        else:
+            yield from _sites_in_forward(path, module)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -80,13 +92,26 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _sites_in_forward(path: str, module: nn.Module) -> Iterator[Site]:
     calls, problem = calls_in_forward(module, type(module).forward)
+    if not calls and not _may_have_statistics(module):
+        return  # it standardises its weights
     if problem:
         problem = f"its forward calls batch_norm and cannot be traced ({problem}); make it call a layer"
         yield Site(path, _CALL, None, module, path, problem=problem)
+    elif not calls and calls_in_forward(module, type(module).forward, training=False)[0]:
+        yield Site(path, _CALL, None, module, path, problem="it calls batch_norm in evaluation alone")
     for number, call in enumerate(calls):
         name = f"{path}:{number}" if number else path
         channels = _channels_of(call, module)
         yield Site(name, _CALL, channels, module, path, path, number, (call,), problem_of(call))
+
+
+def _may_have_statistics(module: nn.Module) -> bool:
+    """Whether there are tensors that may be running statistics: buffers, unregistered ones, or arguments."""
+    _, *arguments = inspect.signature(type(module).forward).parameters.values()
+    if len(arguments) > 2 or any(argument.kind is argument.VAR_POSITIONAL for argument in arguments):
+        return True
+    values = chain.from_iterable(vars(part).values() for part in module.modules())
+    return any(isinstance(value, torch.Tensor) for value in chain(module.buffers(), values))
 
 
 def _sites_in_graph(path: str, module: fx.GraphModule) -> Iterator[Site]:
@@ -111,6 +136,16 @@ def _sites_in_graph(path: str, module: fx.GraphModule) -> Iterator[Site]:
     for node in unknown_calls(module.graph):
         kind = f"{operator_name(node)}()"
         yield Site(path, kind, None, module, path, problem="an operator of unknown kind")
+
+
+def _sites_interpreted(path: str, module: Any) -> Iterator[Site]:
+    """The calls of a graph that a module interprets, as each part of what torch.export.unflatten() makes."""
+    for number, call in enumerate(norm_calls(module.graph)):
+        name = f"{path}:{number}" if number else path
+        problem = (
+            "a graph that its module interprets, as of unflatten(); convert the exported program instead"
+        )
+        yield Site(name, _CALL, _channels_of(call, module), module, path, path, number, problem=problem)
 
 
 _CALL = "batch_norm()"

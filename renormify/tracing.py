@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from renormify.layers import is_batch_renorm
 
-__all__ = ["class_name", "generators_restored", "is_norm", "trace_forward"]
+__all__ = ["Trace", "class_name", "generators_restored", "is_norm", "modes", "trace_forward"]
 
 
 def class_name(module: nn.Module) -> str:
@@ -46,13 +47,28 @@ class _ForwardTracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._modes = _modes()
+        self._thread = threading.get_ident()
+        self._modes, self._hooks = modes(), _hooks_on_what_is_saved()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Records a node, unless in a context that the graph would not hold."""
-        if _modes() != self._modes:
+        if modes() != self._modes:
             raise fx.proxy.TraceError("it switches gradients or autocast")
+        if _hooks_on_what_is_saved() is not self._hooks:
+            raise fx.proxy.TraceError("it checkpoints, or moves what is saved for backward")
         return super().create_node(*args, **kwargs)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Records a call; those of other threads, whose modules FX intercepts too, run as they would."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Records that a parameter or buffer is read, by this thread."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def path_of_module(self, mod: nn.Module) -> str:
         """A norm layer that calls ``super().forward()`` calls itself, without its own forward."""
@@ -63,8 +79,14 @@ class _ForwardTracer(fx.Tracer):
         return True
 
 
-def _modes() -> tuple[bool, ...]:
+def modes() -> tuple[bool, ...]:
+    """Whether gradients and autocast are on, which a forward may ask."""
     return torch.is_grad_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
+
+
+def _hooks_on_what_is_saved() -> Any:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
 
 
 def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
@@ -81,10 +103,24 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
 _PLAIN = (type(None), bool, int, float, str)
 
 
+class Trace(NamedTuple):
+    """The graph of a forward, and the names of the module's attributes that were read on the way."""
+
+    graph: fx.Graph
+    read: tuple[str, ...]
+
+
+_patched = threading.RLock()  # FX exchanges methods of nn.Module while it traces
+
+
 def trace_forward(
-    module: nn.Module, forward: Callable[..., Any], inputs: tuple[str, ...], constants: dict[str, Any]
-) -> fx.Graph:
-    """The graph of a module's own forward in training.
+    module: nn.Module,
+    forward: Callable[..., Any],
+    inputs: tuple[str, ...],
+    constants: dict[str, Any],
+    training: bool = True,
+) -> Trace:
+    """The graph of a module's own forward in training, or in evaluation.
 
     The module is afterwards as it was: what the forward sets is set on a stand-in that shares its tensors and
     submodules.
@@ -94,43 +130,80 @@ def trace_forward(
         forward: a function of the module and its arguments.
         inputs: the names of those arguments that become placeholders.
         constants: the values of all others.
+        training: the mode.
 
     Raises:
         Exception: whatever a forward may raise when it meets a proxy.
     """
+    read: dict[str, None] = {}
+
+    def note(self: nn.Module, name: str) -> Any:
+        read[name] = None
+        return super(kind, self).__getattribute__(name)
+
     namespace: dict[str, Any] = {"original": forward, "constants": constants}
     named = ", ".join(f"{name}={name}" for name in inputs)
     exec(f"def forward(self, {', '.join(inputs)}): return original(self, {named}, **constants)", namespace)
-    own = {"forward": namespace["forward"], "__setattr__": _set_attribute}
-    kind: Any = type(type(module).__name__, (type(module),), own)
+    own = {"forward": namespace["forward"], "__setattr__": _set_attribute, "__getattribute__": note}
+    kind: Any = type(type(module).__name__, (_Unannounced, type(module)), own)
     stand_in: nn.Module = kind.__new__(kind)
-    stand_in.__dict__.update({**vars(module), "training": True, "_forward_hooks": OrderedDict()})
+    stand_in.__dict__.update({**vars(module), "training": training, "_forward_hooks": OrderedDict()})
     stand_in.__dict__.pop("forward", None)
     if isinstance(module, _NormBase):
         # One decides by the number of dimensions, the other by a count of batches; neither is known here.
         stand_in.__dict__["_check_input_dim"] = lambda input: None
         stand_in.__dict__["momentum"] = 0.1 if module.momentum is None else module.momentum
-    with warnings.catch_warnings(), _attributes_restored(stand_in), generators_restored(module):
-        warnings.simplefilter("ignore")
-        return _ForwardTracer().trace(stand_in)
+    for _ in range(1 if threading.active_count() == 1 else 10):  # another thread may draw in the meantime
+        with (
+            _patched,
+            warnings.catch_warnings(),
+            _attributes_restored(stand_in),
+            generators_restored(module) as drawn,
+        ):
+            warnings.simplefilter("ignore")
+            graph = _ForwardTracer().trace(stand_in)
+            if not drawn():
+                return Trace(graph, tuple(name for name in read if name not in _OF_TORCH))
+    raise fx.proxy.TraceError("it draws random numbers, which a graph would hold fixed")
+
+
+class _Unannounced:
+    """Keeps a class derived from a user's from what their ``__init_subclass__`` does."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+_OF_TORCH = frozenset({*vars(nn.Module()), *dir(nn.Module)} - {"training"})
 
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 @contextmanager
-def generators_restored(model: nn.Module) -> Iterator[None]:
-    """Gives every random number generator that the model may draw from its state again."""
+def generators_restored(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Gives every random number generator that the model may draw from its state again.
+
+    Yields:
+        A function that tells whether one of the host's was drawn from.
+    """
     numpy = sys.modules.get("numpy")
-    before = random.getstate(), None if numpy is None else numpy.random.get_state()
+    python, torchs = random.getstate(), torch.get_rng_state()
+    numpys: Any = () if numpy is None else numpy.random.get_state()
+
+    def drawn() -> bool:
+        if random.getstate() != python or not torch.equal(torch.get_rng_state(), torchs):
+            return True
+        return numpy is not None and not all(map(numpy.array_equal, numpy.random.get_state(), numpys))
+
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
-            yield
+            yield drawn
     finally:
-        random.setstate(before[0])
+        random.setstate(python)
         if numpy is not None:
-            numpy.random.set_state(before[1])
+            numpy.random.set_state(numpys)
 
 
 @contextmanager
@@ -169,9 +242,11 @@ def _snapshot(container: Any, own: set[int]) -> Callable[[], bool]:
 
     def restore() -> bool:
         now = dict(container) if isinstance(container, dict) else list(container)
-        changed = id(container) not in own and not _is_same(now, content)
-        container.clear()
-        container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+        changed = not _is_same(now, content)
+        if changed:  # another thread may be reading it
+            container.clear()
+            container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+        changed &= id(container) not in own
         changed |= sum(undo() for undo in inner) > 0
         for tensor, version, value in tensors:
             if tensor._version != version:
@@ -185,5 +260,5 @@ def _snapshot(container: Any, own: set[int]) -> Callable[[], bool]:
 def _is_same(a: Any, b: Any) -> bool:
     """Whether two contents are the same objects; comparing tensors would compute."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+        return list(a) == list(b) and all(a[key] is b[key] for key in a)
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

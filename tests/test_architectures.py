@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -81,26 +82,41 @@ def test_library_model_converts_whole(name: str) -> None:
     assert type(conversion.model) is type(model)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "inception", "deeplab"])
+AUXILIARY = {  # and what the model returns in training
+    "googlenet": torchvision.models.GoogLeNetOutputs,
+    "inception": torchvision.models.inception.InceptionOutputs,
+    "deeplab": OrderedDict,
+}
+
+
+@pytest.mark.parametrize("name", AUXILIARY)
 def test_auxiliary_heads_follow_the_mode(name: str) -> None:
     if name == "inception":  # whose auxiliary head takes no smaller image
         model = torchvision.models.inception_v3(num_classes=5, init_weights=False)
         x = torch.randn(2, 3, 299, 299)
     else:
         model, x = MODELS[name]()
-    conversion = convert(model)
+    conversion = convert(lived_in(model))
     assert conversion.report.converted == tuple(_norms(model))
     converted = conversion.model
-    aux = [
-        module
+    assert_reverts_to(model, converted)
+    with torch.no_grad():
+        evaluated, expected = converted.eval()(x[:1]), model.eval()(x[:1])
+    assert type(evaluated) is type(expected)
+    assert_same_output(evaluated, expected)
+    assert_same_state(converted, model)  # evaluation moves nothing, of the auxiliary heads neither
+    aux = {
+        path
         for path, module in converted.named_modules()
         if "aux" in path.lower() and is_batch_renorm(module)
-    ]
+    }
     assert aux
-    assert type(converted.train()(x)) is type(model.train()(x))
-    assert all(int(layer.num_batches_tracked) == 1 for layer in aux)
-    assert type(converted.eval()(x)) is type(model.eval()(x))
-    assert all(int(layer.num_batches_tracked) == 1 for layer in aux)
+    outputs: list[Any] = []
+    converted.register_forward_hook(lambda module, args, output: outputs.append(output))
+    assert assert_moves_by_batch_renorm(converted.train(), x) == len(_norms(model))
+    assert type(outputs[0]) is AUXILIARY[name]
+    assert all(parameter.grad.isfinite().all() for parameter in converted.parameters())
+    assert {int(converted.get_submodule(path).num_batches_tracked) for path in aux} == {12}
 
 
 def _targets() -> list[dict[str, Tensor]]:
@@ -173,6 +189,9 @@ def test_densenet_with_checkpoints_moves_once_and_has_the_same_gradients() -> No
     saving.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 32, 32).double()
     both = [renormify(model) for model in (plain, saving)]
+    assert_reverts_to(saving, both[1])
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(both[1]).eval()(x), copy.deepcopy(saving).eval()(x))
     for model in both:
         model(x).sin().sum().backward()
     for a, b in zip(both[0].parameters(), both[1].parameters(), strict=True):
@@ -187,6 +206,14 @@ def test_weight_standardisation_is_no_site_and_stays() -> None:
         model = timm.create_model(name, num_classes=5)
         for report in _reports(model):
             assert report == ()
+    with torch.device("meta"):  # whose padding asks for the size of the input, which no trace can tell
+        for name in ("dm_nfnet_f0", "resnetv2_50x1_bit.goog_in21k", "vit_small_r26_s32_224"):
+            for report in _reports(timm.create_model(name, num_classes=5)):
+                assert report == ()
+    standardised = nn.Sequential(
+        timm.layers.StdConv2dSame(3, 3, 3), timm.layers.ScaledStdConv2dSame(3, 3, 3), nn.BatchNorm2d(3)
+    )
+    assert convert(standardised).report.to_dict()["skipped"] == []
     standardised = nn.Sequential(
         timm.layers.StdConv2d(3, C, 3), timm.layers.ScaledStdConv2d(C, C, 3), nn.BatchNorm2d(C)
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import io
 import pickle
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -748,3 +749,106 @@ def test_averaged_model() -> None:
 
 def test_synchronised_plain_layer_is_not_of_a_new_class() -> None:
     assert type(convert_sync(renormify(nn.Sequential(nn.BatchNorm2d(C))))[0]) is SyncBatchRenorm
+
+
+# --------------------------------------------------------------------------- classes that mind their children
+
+
+class Abstract(nn.BatchNorm2d, abc.ABC):
+    pass
+
+
+class AbstractCalls(Calls, abc.ABC):
+    pass
+
+
+class Announcing(nn.BatchNorm2d):
+    """Wants to know of classes derived from it, and wants a word from each."""
+
+    known: ClassVar[list[type]] = []
+
+    def __init_subclass__(cls, *, word: str) -> None:
+        Announcing.known.append(cls)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked += 1
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+            self.momentum, self.eps,
+        )  # fmt: skip
+
+
+class Announced(Announcing, word="mine"):
+    pass
+
+
+@pytest.mark.parametrize("form", [Abstract, AbstractCalls, Announced])
+def test_class_of_another_metaclass_or_that_counts_its_children(form: type[nn.Module]) -> None:
+    model = lived_in(nn.Sequential(nn.Conv2d(C, C, 1), form(C)))
+    conversion = assert_converts(model, image())
+    assert isinstance(conversion.model[1], form)
+    assert_same_state(pickle.loads(pickle.dumps(conversion.model)), conversion.model)
+    assert Announcing.known == [Announced]
+
+
+class Final(type):
+    """Of which nothing may be derived."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], own: dict[str, Any]) -> Any:
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError(f"{bases[0].__name__} is final")
+        return super().__new__(mcs, name, bases, own)
+
+
+class Childless(nn.BatchNorm2d, metaclass=Final):
+    pass
+
+
+class Normalises(nn.BatchNorm2d):
+    """Has a method whose name a layer of ours needs."""
+
+    def normalise(self, input: Tensor) -> Tensor:
+        return input / 2
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self.normalise(input))
+
+
+class Named(nn.BatchNorm2d):
+    """Has an attribute of such a name."""
+
+    def __init__(self, channels: int, name: str) -> None:
+        super().__init__(channels)
+        setattr(self, name, 3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Childless(C), "no class can be derived from Childless"),
+        (Normalises(C), "has an attribute normalise of its own; rename that"),
+        *(
+            (Named(C, name), f"has an attribute {name} of its own; rename that")
+            for name in (
+                "original",
+                "base",
+                "limits",
+                "renormalise",
+                "rewritten",
+                "_count",
+                "_limits",
+                "stat",
+            )
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_in_the_way_of_a_layer_is_named(layer: nn.Module, reason: str) -> None:
+    model = lived_in(nn.Sequential(layer, nn.BatchNorm2d(C)))
+    x = image()
+    expected = copy.deepcopy(model)(x)
+    site, _ = convert(model, filter_fn=lambda module, name: True).report.sites
+    assert (site.action, site.name) == ("skipped", "0")
+    assert site.reason.startswith(reason)
+    assert torch.equal(model(x), expected)

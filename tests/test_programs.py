@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from renormify import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Conversion, convert, renormify, revert
+from renormify.errors import NothingToConvertError
 
 Loaded = tuple[nn.Module, Tensor]
 RENORMS = (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)
@@ -295,3 +296,30 @@ def test_block_without_gradient_follows_the_mode() -> None:
     assert torch.equal(model(x), model(x))
     assert torch.equal(model(x), original.eval()(x))
     assert not torch.equal(model.train()(x), model(x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("preserved", [(), ("twice",)], ids=["", "signature"])
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # torch's
+def test_unflattened_program_is_refused_with_what_to_do(
+    net: Net, training: bool, preserved: tuple[str, ...]
+) -> None:
+    def unflattened() -> nn.Module:
+        program = _exported(net, training, preserve_module_call_signature=preserved)
+        return torch.export.unflatten(program)
+
+    model = unflattened()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NothingToConvertError, match="convert the exported program instead") as caught:
+        convert(model, inplace=True)
+    assert {site.name.partition(":")[0].partition("@")[0] for site in caught.value.report.sites} == {
+        "stem.1",
+        "twice",
+        "head",
+    }
+    assert model.state_dict().keys() == before.keys()
+    both = nn.Sequential(nn.BatchNorm2d(3), unflattened())
+    report = convert(both, inplace=True).report
+    assert report.converted == ("0",)
+    assert {site.kind for site in report.sites[1:]} == {"batch_norm()"}
+    assert both[1](_x()).shape == (4, 4)
