@@ -12,7 +12,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from renormify import errors
+from renormify.modes import evaluating
 from renormify.onnx.comparison import as_tensor, deviation
-from renormify.onnx.examples import evaluating, map_tensors
+from renormify.onnx.examples import map_tensors
 from renormify.onnx.modules import Layer, calls_of, frontier, layers_of
 from renormify.onnx.noise import comparable, measure
 from renormify.onnx.precision import kernel_error, makers
-from renormify.onnx.reference import Answer
+from renormify.onnx.reference import REPEATS, Answer
+from renormify.onnx.rounding import rounded_otherwise
 from renormify.onnx.runtimes import RUNTIMES
 
 __all__ = ["Divergence", "LayerParity", "find_divergence", "profile"]
@@ -144,6 +146,7 @@ class _Probe:
     def __init__(self, model: nn.Module, path: Path, answer: Answer, runtime: str) -> None:
         self.model, self.path, self.answer, self.runtime = model, path, answer, runtime
         self.double = None if answer.truth is None else copy.deepcopy(model).double()
+        self.others = [rounded_otherwise(model, seed) for seed in range(REPEATS)] if self.double else []
         file = ir.load(path)
         with evaluating(model):
             self.layers: Sequence[Layer] = layers_of(file.graph, calls_of(model, answer.arguments))
@@ -155,17 +158,17 @@ class _Probe:
         new = [index for index in indices if index not in self.found]
         if new:
             names = [self.layers[index].name for index in new]
-            own = _outputs(self.model, names, self.answer.arguments)
+            given = self.answer.arguments
+            own = [_outputs(self.model, names, given)]
             truth = None
             if self.double is not None:
-                doubled = map_tensors(
-                    lambda x: x.double() if x.is_floating_point() else x, self.answer.arguments
-                )
+                doubled = map_tensors(lambda x: x.double() if x.is_floating_point() else x, given)
                 truth = _outputs(self.double, names, doubled)
+                own += [_outputs(other, names, given) for other in self.others]
             theirs = self._run([self.layers[index].value for index in new])
             for index, name, output in zip(new, names, theirs, strict=True):
                 real = None if truth is None else truth[name]
-                self.found[index] = self._compare(index, output, own[name], real)
+                self.found[index] = self._compare(index, output, [tensors[name] for tensors in own], real)
         return any(not self.found[index].passed for index in indices)
 
     def compared(self) -> tuple[LayerParity, ...]:
@@ -186,17 +189,16 @@ class _Probe:
             del runtime  # it may hold the files open
         return outputs
 
-    def _compare(self, index: int, output: Any, own: Tensor, truth: Tensor | None) -> LayerParity:
-        layer = self.layers[index]
+    def _compare(self, index: int, output: Any, owns: list[Tensor], truth: Tensor | None) -> LayerParity:
+        layer, own = self.layers[index], owns[0]
         position = index / max(len(self.layers) - 1, 1)
         if tuple(output.shape) != tuple(own.shape):
             reason = f"its shape is {tuple(output.shape)}, torch's {tuple(own.shape)}"
             return LayerParity(layer.name, layer.value, position, None, None, None, False, reason)
         real = own if truth is None else truth
-        noise = measure([own], None if truth is None else [truth]) if comparable(own) else None
-        if noise is not None and noise.spread is not None:
-            # It was measured in this batch alone, and torch's own root mean square varies between batches.
-            noise = replace(noise, spread=2 * noise.spread)
+        noise = None
+        if comparable(own):
+            noise = measure(owns, None if truth is None else [truth] * len(owns))
         kernel = kernel_error(self.runtime, self.makers.get(layer.value, ""))
         found = deviation(as_tensor(output, own.dtype), own, real, noise, kernel=kernel)
         largest = float(real.double().abs().max()) if real.numel() else 0.0

@@ -1,9 +1,8 @@
-"""The example arguments of a model: their tensors, their batch axis, and the model held in eval mode."""
+"""The example arguments of a model: their tensors and their batch axis."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from renormify import errors
 
-__all__ = ["as_arguments", "batch_size", "evaluating", "has_batch", "map_tensors", "tensors_of", "unwrapped"]
+__all__ = ["as_arguments", "batch_size", "has_batch", "map_tensors", "tensors_of", "unwrapped"]
 
 
 def as_arguments(args: Any) -> tuple[Any, ...]:
@@ -62,18 +61,3 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
         if not isinstance(inside, torch.nn.Module):
             return model
         model = inside
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Hold ``model`` in evaluation mode; every submodule's own training flag comes back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        # The module of a torch.export program has no modes and says so.
-        if any(training for _, training in flags):
-            with suppress(NotImplementedError):
-                model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

@@ -17,11 +17,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from renormify import errors
+from renormify.modes import evaluating
 from renormify.onnx.cleaning import clean
 from renormify.onnx.examples import (
     as_arguments,
     batch_size,
-    evaluating,
     has_batch,
     map_tensors,
     tensors_of,

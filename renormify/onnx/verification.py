@@ -20,9 +20,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from renormify import errors
+from renormify.modes import evaluating
 from renormify.onnx.comparison import OutputParity, Setting, compare, failure
 from renormify.onnx.divergence import LayerParity, find_divergence, profile
-from renormify.onnx.examples import as_arguments, evaluating, unwrapped
+from renormify.onnx.examples import as_arguments, unwrapped
 from renormify.onnx.precision import kernel_error, makers
 from renormify.onnx.reference import KINDS, Answer, Array, Reference, ask_torch, to_numpy
 from renormify.onnx.runtimes import RUNTIMES, Runtime
@@ -38,6 +39,10 @@ THOROUGH: dict[str, Any] = {
     "runtimes": ("onnxruntime", "onnxruntime-basic", "onnxruntime-off"),
     "layers": True,
 }
+_RANDOM = (
+    "the model's own output differs from one call to the next: it draws random numbers or keeps a state, and "
+    "nothing can be proven of it"
+)
 _UNKNOWN = "which layer diverges first is not known"
 Model: TypeAlias = "torch.nn.Module | Callable[..., Any]"
 
@@ -276,6 +281,8 @@ def _judge(
             if not record.passed:
                 others = _swapped(at, output, position, reference, answer)
                 record = replace(record, reason=record.reason + others)
+            elif given is None and position in reference.random:
+                record = replace(record, passed=False, reason=_RANDOM)
             records.append(record)
         for position in range(len(outputs), len(answer.outputs)):
             records.append(failure(f"(output {position})", at, f"{counts}: this one is missing"))
