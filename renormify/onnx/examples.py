@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from renormify import errors
 
-__all__ = ["as_arguments", "batch_size", "has_batch", "map_tensors", "tensors_of", "unwrapped"]
+__all__ = ["as_arguments", "batch_size", "has_batch", "leaf_names", "map_tensors", "tensors_of", "unwrapped"]
 
 
 def as_arguments(args: Any) -> tuple[Any, ...]:
@@ -37,6 +37,15 @@ def map_tensors(function: Callable[[Tensor], Any], arguments: tuple[Any, ...]) -
     """Apply ``function`` to each tensor of ``arguments`` and leave everything else."""
     mapped: tuple[Any, ...] = pytree.tree_map_only(Tensor, function, arguments)
     return mapped
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """Return a name for each leaf, from the keys and fields that lead to it: "boxes", "0_scores", or ""."""
+    return ["_".join(_key_of(key) for key in path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def _key_of(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))))
 
 
 def batch_size(arguments: tuple[Any, ...]) -> int | None:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from renormify import errors
 from renormify.modes import evaluating
-from renormify.onnx.examples import batch_size, has_batch, map_tensors, tensors_of
+from renormify.onnx.examples import batch_size, has_batch, leaf_names, map_tensors, tensors_of
 from renormify.onnx.noise import FALLBACK, Noise, comparable, largest_of, measure
 from renormify.onnx.rounding import rounded_otherwise
 
@@ -44,12 +44,29 @@ class Answer:
         inputs: their tensors, as the file takes them.
         outputs: the model's own output tensors, in pytree order.
         truth: the float64 model's, or None where there is no such model.
+        names: of the outputs, from the keys of the dict that the model returns; "" where it returns none.
     """
 
     arguments: Arguments
     inputs: list[Array]
     outputs: list[Tensor]
     truth: list[Tensor] | None
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a forward returned.
+
+    Attributes:
+        tensors: in pytree order.
+        names: of each, as in ``Answer``.
+        odd: whether there was anything else.
+    """
+
+    tensors: list[Tensor]
+    names: list[str]
+    odd: bool
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,7 @@ def ask_torch(
     others: list[list[Tensor]] = []
     with torch.no_grad(), evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext():
         own = [_own_outputs(model, size, batch) for size, batch in batches]
-        outputs = [tensors for tensors, _ in own]
+        outputs = [returned.tensors for returned in own]
         random = _random(model, batches[0][1], outputs[0])
         if isinstance(model, torch.nn.Module):
             truth, drawn = _truth(model, [batch for _, batch in batches], outputs, notes)
@@ -123,13 +140,14 @@ def ask_torch(
         if isinstance(model, torch.nn.Module) and truth is not None:
             for seed in range(REPEATS):
                 other = rounded_otherwise(model, seed)
-                others += [_outputs(other, batch)[0] for _, batch in batches]
-    if any(odd for _, odd in own):
+                others += [_outputs(other, batch).tensors for _, batch in batches]
+    if any(returned.odd for returned in own):
         notes.append("outputs of the model that are no tensors were left out")
     answers: dict[int, Answer] = {}
     for index, (size, batch) in enumerate(batches[: len(set(sizes))]):
         inputs = [to_numpy(tensor) for tensor in tensors_of(batch)]
-        answers[size] = Answer(batch, inputs, outputs[index], None if truth is None else truth[index])
+        real = None if truth is None else truth[index]
+        answers[size] = Answer(batch, inputs, outputs[index], real, own[index].names)
     positions = range(max(map(len, outputs)))
     noise = [_noise(position, [*outputs, *others], truth) for position in positions]
     return Reference(answers, noise, random, tuple(notes))
@@ -206,7 +224,7 @@ def to_numpy(tensor: Tensor) -> Array:
     return array
 
 
-def _own_outputs(model: Callable[..., Any], size: int, arguments: Arguments) -> tuple[list[Tensor], bool]:
+def _own_outputs(model: Callable[..., Any], size: int, arguments: Arguments) -> Returned:
     try:
         return _outputs(model, arguments)
     except Exception as error:  # the user's forward
@@ -217,16 +235,20 @@ def _own_outputs(model: Callable[..., Any], size: int, arguments: Arguments) -> 
         ) from error
 
 
-def _outputs(model: Callable[..., Any], arguments: Arguments) -> tuple[list[Tensor], bool]:
-    """Return the tensors of the result in pytree order, and whether there was anything else."""
-    leaves = pytree.tree_leaves(model(*arguments))
-    tensors = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, len(tensors) < len(leaves)
+def _outputs(model: Callable[..., Any], arguments: Arguments) -> Returned:
+    result = model(*arguments)
+    leaves = pytree.tree_leaves(result)
+    pairs = [
+        (leaf.detach().cpu(), "" if name[:1].isdigit() else name)
+        for leaf, name in zip(leaves, leaf_names(result), strict=True)
+        if isinstance(leaf, Tensor)
+    ]
+    return Returned([tensor for tensor, _ in pairs], [name for _, name in pairs], len(pairs) < len(leaves))
 
 
 def _random(model: Callable[..., Any], batch: Arguments, outputs: list[Tensor]) -> frozenset[int]:
     """Return which outputs are others when the model is asked again."""
-    again, _ = _outputs(model, batch)
+    again = _outputs(model, batch).tensors
     if len(again) != len(outputs):
         return frozenset(range(len(outputs)))
     return frozenset(index for index, pair in enumerate(zip(outputs, again, strict=True)) if not _same(*pair))
@@ -252,7 +274,7 @@ def _truth(
         batches = [
             map_tensors(lambda x: x.double() if x.is_floating_point() else x, batch) for batch in batches
         ]
-        truth = [_outputs(double, batch)[0] for batch in batches]
+        truth = [_outputs(double, batch).tensors for batch in batches]
         random = _random(double, batches[0], truth[0])  # in float64 even a little chance shows
     except Exception as error:  # deepcopy and forward run the user's code
         notes.append(_no_truth(errors.one_line(error)))

@@ -283,6 +283,8 @@ def _judge(
                 record = replace(record, reason=record.reason + others)
             elif given is None and position in reference.random:
                 record = replace(record, passed=False, reason=_RANDOM)
+            elif wrong := _misnamed(subject.graph, position, answer.names):
+                record = replace(record, passed=False, reason=wrong)
             records.append(record)
         for position in range(len(outputs), len(answer.outputs)):
             records.append(failure(f"(output {position})", at, f"{counts}: this one is missing"))
@@ -304,6 +306,22 @@ def _baked(graph: onnx.GraphProto | None, answer: Answer) -> str:
         if shape and given.shape and shape[0].dim_value not in (0, given.shape[0]):
             return f"; input {value.name!r} has the batch size {shape[0].dim_value} baked in"
     return ""
+
+
+def _misnamed(graph: onnx.GraphProto | None, position: int, names: Sequence[str]) -> str:
+    """Say that an output has not the name that the model has for it, or "".
+
+    A file that has none of the model's names was not made to have them.
+    """
+    given = [] if graph is None else [value.name for value in graph.output]
+    if not names[position] or not set(given) & set(filter(None, names)):
+        return ""
+    name = given[position]
+    # An input or a constant that is handed through has one name, and keeps it.
+    made = graph is not None and any(name in node.output for node in graph.node)
+    if name == names[position] or not (made or name in names):
+        return ""
+    return f"its name is {name!r}, the model's {names[position]!r}"
 
 
 def _swapped(at: Setting, output: Array, position: int, reference: Reference, answer: Answer) -> str:
