@@ -27,7 +27,7 @@ from renormify.onnx.comparison import as_tensor, deviation
 from renormify.onnx.examples import map_tensors
 from renormify.onnx.modules import Layer, calls_of, frontier, layers_of
 from renormify.onnx.noise import comparable, measure
-from renormify.onnx.precision import kernel_error, makers
+from renormify.onnx.precision import granted, makers
 from renormify.onnx.reference import REPEATS, Answer
 from renormify.onnx.rounding import rounded_otherwise
 from renormify.onnx.runtimes import RUNTIMES
@@ -199,7 +199,7 @@ class _Probe:
         noise = None
         if comparable(own):
             noise = measure(owns, None if truth is None else [truth] * len(owns))
-        kernel = kernel_error(self.runtime, self.makers.get(layer.value, ""))
+        kernel = None if noise is None else granted(self.runtime, self.makers.get(layer.value, ""), real)
         found = deviation(as_tensor(output, own.dtype), own, real, noise, kernel=kernel)
         largest = float(real.double().abs().max()) if real.numel() else 0.0
         floor = None if noise is None or noise.floor is None or not largest else noise.floor / largest
