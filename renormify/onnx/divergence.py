@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from renormify import errors
 from renormify.modes import evaluating
 from renormify.onnx.comparison import as_tensor, deviation
 from renormify.onnx.examples import map_tensors
-from renormify.onnx.modules import Layer, calls_of, frontier, layers_of
+from renormify.onnx.modules import Layer, calls_of, frontier, label, layers_of
 from renormify.onnx.noise import comparable, measure
 from renormify.onnx.precision import granted, makers
 from renormify.onnx.reference import REPEATS, Answer
@@ -45,7 +46,7 @@ class LayerParity:
     """The output of one layer in the file.
 
     Attributes:
-        name: the module's path in the torch model.
+        name: the module's path in the torch model; from the second call of one module, "path:1", "path:2".
         value: the value's name in the file.
         position: of the layer, from 0.0 for the first that can be compared to 1.0 for the last.
         max_abs: the largest absolute difference from the float64 model; None where it is not finite.
@@ -212,20 +213,24 @@ class _Probe:
 
 
 def _outputs(model: nn.Module, names: Sequence[str], arguments: tuple[Any, ...]) -> dict[str, Tensor]:
-    """Run the model and return the outputs of these modules, as they are when the module ends."""
+    """Run the model and return what these calls of modules returned, as it was when the module ended."""
     taken: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def take(module: nn.Module, given: Any, output: Tensor) -> None:
-            taken[name] = output.detach().clone().cpu()  # the next module may write into it
+            name = label(path, calls[path])
+            calls[path] += 1
+            if name in names:
+                taken[name] = output.detach().clone().cpu()  # the next module may write into it
 
         return take
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        for name in names:
-            handle = model.get_submodule(name).register_forward_hook(hook(name))
-            stack.callback(handle.remove)
+        for path, module in model.named_modules():
+            if path in names or any(name.startswith(f"{path}:") for name in names):
+                stack.callback(module.register_forward_hook(hook(path)).remove)
         model(*arguments)
     return taken
