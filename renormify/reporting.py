@@ -123,7 +123,7 @@ def html_page(parts: Sequence[Section], *, title: str = "renormify") -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.tests["numeric"] = _is_number
+    environment.filters["kind"] = _kind_of
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(title=title, sections=parts, version=__version__)
 
@@ -249,9 +249,18 @@ def _files(document: Mapping[str, Any]) -> Section:
     return Section("Files", f"{counts} ({seconds:.1f} s of work)", bool(document["passed"]))
 
 
+def _kind_of(cell: str) -> str:
+    """How the page's style sets a cell."""
+    if cell == "FAILED":
+        return "failed"
+    if _is_number(cell):
+        return "number"
+    return "word" if len(cell) <= 16 else "long"
+
+
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        float(text.removesuffix("%"))
     except ValueError:
         return False
     return True
