@@ -255,7 +255,7 @@ def _kind_of(cell: str) -> str:
         return "failed"
     if _is_number(cell):
         return "number"
-    return "word" if len(cell) <= 16 else "long"
+    return "word" if len(cell) <= 20 else "long"
 
 
 def _is_number(text: str) -> bool:

@@ -102,4 +102,5 @@ def _depth(layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         "error over depth: the largest difference of each layer's output from the float64 model, relative to "
         "its largest value; dashed, torch's own"
     )
-    return (error_curves(title, names, [layer["position"] for layer in layers], curves),)
+    faults = [index for index, layer in enumerate(layers) if not layer["passed"]]
+    return (error_curves(title, names, [layer["position"] for layer in layers], curves, faults),)
