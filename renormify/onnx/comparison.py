@@ -27,7 +27,8 @@ class OutputParity:
         max_abs: the largest absolute difference from the float64 model, None where it cannot be told.
         max_rel: ``max_abs`` relative to the largest absolute value of the float64 output.
         floor: the largest absolute difference between torch's own forward and the float64 model's, over all
-            batch sizes; None without a float64 model, and for what is no float.
+            batch sizes and with the weights' last places rounded otherwise; None without a float64 model, and
+            for what is no float.
         tolerance: the absolute difference allowed, at the element of ``max_abs``; channels have their own.
         tolerance_used: the largest share of its tolerance that any element takes; above 1 where one fails.
         top1: for outputs of rank 2, the share of rows whose largest entry is where torch has it.

@@ -1,8 +1,8 @@
 """Parity between a torch model and an ONNX file, measured in the float noise that torch itself makes.
 
 The judge knows a callable and a file, and nothing of how the one became the other. The model in float64 is
-the truth. How far torch's own float32 forward is from it is the floor: no file can be asked for less. The
-file may be off by a few floors and a few units in the last place of the largest value, in each channel by its
+the truth. How far torch's own float32 forward is from it, with these weights and with their last places
+rounded otherwise (``rounding.py``), is the floor: no file can be asked for less. The file may be off by a few floors and a few units in the last place of the largest value, in each channel by its
 own, and over many elements, in the root mean square, by somewhat less: the factors are in ``noise.py``. What
 is no float, a mask or an index, must be equal.
 """
@@ -100,8 +100,10 @@ def verify_onnx(
     """Run a model and an ONNX file on the same inputs and compare every output.
 
     Outputs are matched by position with the tensors that the model returns. Floats are compared within their
-    noise, masks and integers must be equal. NaN, infinities, a missing, extra or misshapen output, another
-    dtype, an output of a kind that ONNX does not have, and a file that does not run all fail; none raises.
+    noise, masks and integers must be equal. NaN, infinities, a missing, extra, misshapen or misnamed output,
+    another dtype, an output of a kind that ONNX does not have or that changes from call to call, and a file
+    that does not run all fail; none raises. An output is misnamed where the model returns it under a key, a
+    dict's say, and the file, which has others by their keys, has not this one.
     Where the file fails, the first layer that diverges is sought by bisection.
 
     Args:
