@@ -2,9 +2,10 @@
 
 The judge knows a callable and a file, and nothing of how the one became the other. The model in float64 is
 the truth. How far torch's own float32 forward is from it, with these weights and with their last places
-rounded otherwise (``rounding.py``), is the floor: no file can be asked for less. The file may be off by a few floors and a few units in the last place of the largest value, in each channel by its
-own, and over many elements, in the root mean square, by somewhat less: the factors are in ``noise.py``. What
-is no float, a mask or an index, must be equal.
+rounded otherwise (``rounding.py``), is the floor: no file can be asked for less. The file may be off by a few
+floors and a few units in the last place of the largest value, in each channel by its own, and over many
+elements, in the root mean square, by somewhat less: the factors are in ``noise.py``. What is no float, a mask
+or an index, must be equal.
 """
 
 from __future__ import annotations
