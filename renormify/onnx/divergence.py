@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +85,9 @@ class Divergence:
     layers: tuple[LayerParity, ...] = ()
 
 
-def find_divergence(model: Any, path: Path, answer: Answer, runtime: str) -> Divergence:
+def find_divergence(
+    model: Any, path: Path, answer: Answer, runtime: str, outputs: Collection[str] = ()
+) -> Divergence:
     """Find the first layer whose output in the file is not the torch model's.
 
     Args:
@@ -93,6 +95,7 @@ def find_divergence(model: Any, path: Path, answer: Answer, runtime: str) -> Div
         path: the file, whose outputs are known to differ.
         answer: the inputs at which they do.
         runtime: the runtime on which they do.
+        outputs: the names of those whose values are wrong.
     """
     if not isinstance(model, nn.Module):
         return Divergence(None, _CALLABLE)
@@ -111,6 +114,12 @@ def find_divergence(model: Any, path: Path, answer: Answer, runtime: str) -> Div
         return Divergence(None, f"the search failed: {errors.one_line(error)}")
     seen = probe.compared()
     if high == len(probe.layers):
+        # An output was judged over more rows than the layer that makes it.
+        last = [layer.name for layer in probe.layers if layer.value in outputs]
+        if last:
+            return Divergence(
+                last[0], "every layer before agrees within its noise, this output does not", seen
+            )
         reason = f"every layer agrees within its noise up to {probe.layers[-1].name}"
         return Divergence(None, f"{reason}, the last that can be compared", seen)
     layer = probe.layers[high]

@@ -44,6 +44,8 @@ _RANDOM = (
     "the model's own output differs from one call to the next: it draws random numbers or keeps a state, and "
     "nothing can be proven of it"
 )
+_ORDER = "the outputs are out of order"
+_NAME = "its name is"
 _UNKNOWN = "which layer diverges first is not known"
 Model: TypeAlias = "torch.nn.Module | Callable[..., Any]"
 
@@ -153,7 +155,7 @@ def verify_onnx(
     given = None if rtol is None and atol is None else (atol or 0.0, rtol or 0.0)
     records: list[OutputParity] = []
     notes: list[str] = []
-    worst: tuple[Answer, str] | None = None
+    worst: tuple[Answer, str, frozenset[str]] | None = None
     last: Answer | None = None
     for kind in dict.fromkeys(inputs):
         reference = _ask(model, arguments, tuple(batch_sizes), kind, notes)
@@ -165,7 +167,8 @@ def verify_onnx(
                 records += found
                 failed = [record.batch_size for record in found if not record.passed and record.shape]
                 if failed and worst is None and not subject.variant:
-                    worst = reference.answers[max(failed)], name
+                    wrong = frozenset(record.name for record in found if _has_wrong_values(record))
+                    worst = reference.answers[max(failed)], name, wrong
         last = reference.answers[min(reference.answers)] if last is None else last
     checked = Path(path)
     first: str | None = None
@@ -182,6 +185,12 @@ def verify_onnx(
         if depth.reason:
             notes.append(f"no layers were compared: {depth.reason}")
     return Parity(checked, tuple(records), first, tuple(dict.fromkeys(notes)), seen)
+
+
+def _has_wrong_values(record: OutputParity) -> bool:
+    """Whether an output stands where it should, under its name, and holds what it should not."""
+    elsewhere = record.reason.endswith(_ORDER) or record.reason.startswith(_NAME)
+    return not record.passed and record.tolerance is not None and not elsewhere and record.reason != _RANDOM
 
 
 def _check_names(what: str, names: Sequence[str], known: Iterable[str]) -> None:
@@ -326,7 +335,7 @@ def _misnamed(graph: onnx.GraphProto | None, position: int, names: Sequence[str]
     made = graph is not None and any(name in node.output for node in graph.node)
     if name == names[position] or not (made or name in names):
         return ""
-    return f"its name is {name!r}, the model's {names[position]!r}"
+    return f"{_NAME} {name!r}, the model's {names[position]!r}"
 
 
 def _swapped(at: Setting, output: Array, position: int, reference: Reference, answer: Answer) -> str:
@@ -336,5 +345,5 @@ def _swapped(at: Setting, output: Array, position: int, reference: Reference, an
         if other != position and noise is not None:
             truth = None if answer.truth is None else answer.truth[other]
             if compare("", at, output, own, truth, noise).passed:
-                return f"; it is what the model returns as output {other}: the outputs are out of order"
+                return f"; it is what the model returns as output {other}: {_ORDER}"
     return ""
