@@ -162,10 +162,16 @@ def verify(
             "--data",
             metavar="FOLDER|FILE.npz",
             show_default=False,
-            help="Compare on these images, or this array (N, ...), rather than on random numbers.",
+            help="Compare on these images, or this array (N, ...), rather than on random numbers; on "
+            "normal, large and zero inputs it does so in any case.",
         ),
     ] = None,
-    thorough: Thorough = False,
+    thorough: Annotated[
+        bool,
+        typer.Option(
+            "--thorough", help="Compare at each optimisation level of onnxruntime too, and layer by layer."
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every comparison.")] = False,
     html: Html = None,
     quiet: Quiet = False,

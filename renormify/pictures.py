@@ -65,8 +65,7 @@ def quantile_bands(
             f'<rect class="layer" x="{left:.1f}" y="{top}" width="{across:.1f}" height="{height}">'
             f"<title>{escape(name)}: {quantiles[i][middle]:.3g}</title></rect>"
         )
-    caption = f"{names[0]} to {names[-1]}, {len(names)} layers" if names else "no layer"
-    parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{escape(caption)}</text></svg>')
+    parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{escape(_caption(names))}</text></svg>')
     return "".join(parts)
 
 
@@ -75,6 +74,7 @@ def error_curves(
     names: Sequence[str],
     positions: Sequence[float],
     curves: Mapping[str, Sequence[float | None]],
+    faults: Sequence[int] = (),
 ) -> str:
     """Errors over the depth of a network, on a logarithmic axis that holds them all.
 
@@ -84,6 +84,7 @@ def error_curves(
         positions: of the layers across the picture, ascending from 0 to 1.
         curves: by the class of its line in the page's style, the errors of the layers. None and 0, which such
             an axis does not have, are left out.
+        faults: the indices of layers to mark on the first curve.
 
     Returns:
         An ``<svg>`` element in the page's own colours.
@@ -109,6 +110,10 @@ def error_curves(
         points = [f"{x(i):.1f},{y(math.log10(value)):.1f}" for i, value in enumerate(values) if value]
         parts.append(f'<polyline class="{escape(kind)} curve" points="{" ".join(points)}"/>')
     first = next(iter(curves.values()), ())
+    for i in faults:
+        value = first[i]
+        place = y(math.log10(value)) if value else _TOP  # not finite: at the upper edge
+        parts.append(f'<circle class="fault" cx="{x(i):.1f}" cy="{place:.1f}" r="3"/>')
     for i, name in enumerate(names):
         left = (x(i - 1) + x(i)) / 2 if i else x(i) - 3
         right = (x(i) + x(i + 1)) / 2 if i + 1 < len(names) else x(i) + 3
@@ -117,6 +122,16 @@ def error_curves(
             f'<rect class="layer" x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" height="{height}">'
             f"<title>{escape(name)}: {said}</title></rect>"
         )
-    caption = f"{names[0]} to {names[-1]}, {len(names)} layers" if names else "no layer"
-    parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{escape(caption)}</text></svg>')
+    parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{escape(_caption(names))}</text></svg>')
     return "".join(parts)
+
+
+def _caption(names: Sequence[str]) -> str:
+    if not names:
+        return "no layer"
+    return f"{_shortened(names[0])} to {_shortened(names[-1])}, {len(names)} layers"
+
+
+def _shortened(name: str) -> str:
+    """A name of which there is room for two."""
+    return name if len(name) <= 48 else f"{name[:20]} ... {name[-23:]}"

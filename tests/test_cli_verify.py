@@ -80,7 +80,9 @@ def test_a_users_own_array(exported: tuple[Path, object], tmp_path: Path) -> Non
     data = ("--data", tmp_path / "mine.npz", "--batch-sizes", "1,4", "--json")
     document = json.loads(invoke("verify", exported[0], *NET, *data).stdout)
     assert document["data"]["path"] == str(tmp_path / "mine.npz")
-    assert [record["batch_size"] for record in document["parity"]["outputs"]] == [1, 4]
+    records = document["parity"]["outputs"]
+    assert [record["batch_size"] for record in records if record["inputs"] == "example"] == [1, 4]
+    assert {record["inputs"] for record in records} == {"example", "normal", "large", "zeros"}
     invoke("verify", exported[0], *NET, "--data", tmp_path / "none.npz", code=2)
 
 
@@ -103,3 +105,19 @@ def test_other_weights_are_told_with_the_layer(exported: tuple[Path, object], tm
     torch.save(model.state_dict(), tmp_path / "other.pth")
     result = invoke("verify", exported[0], tmp_path / "other.pth", *NET, code=1)
     assert "the first layer that diverges is 4" in result.stderr
+
+
+def test_what_large_inputs_alone_show(exported: tuple[Path, object], tmp_path: Path) -> None:
+    import onnx
+    from onnx import helper, numpy_helper
+
+    proto = onnx.load(exported[0])
+    name = proto.graph.output[0].name
+    last = next(node for node in proto.graph.node if name in node.output)
+    last.output[:] = ["before"]
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(20.0), "limit"))
+    proto.graph.node.append(helper.make_node("Clip", ["before", "", "limit"], [name]))
+    onnx.save(proto, tmp_path / "clipped.onnx")
+    result = invoke("verify", tmp_path / "clipped.onnx", *NET, "--json", code=1)
+    records = json.loads(result.stdout)["parity"]["outputs"]
+    assert {record["inputs"] for record in records if not record["passed"]} == {"large"}

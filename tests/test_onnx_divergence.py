@@ -195,6 +195,47 @@ class Repeated(nn.Module):
         return self.last(self.relu(self.norm(self.conv(x).add_(1.0)).mul_(2.0)))
 
 
+class Block(nn.Module):
+    """Added to its input, so that calls of it may follow each other directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.act(self.norm(self.conv(x)))
+
+
+class Looped(nn.Module):
+    """One block for three calls, and an activation between two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.act, self.head = Block(), nn.Tanh(), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.block(self.act(self.block(self.block(x))))))
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("call", range(3))
+def test_a_module_that_is_called_again_bears_the_number_of_the_call(
+    call: int, fold: bool, tmp_path: Path
+) -> None:
+    model, x = with_statistics(Looped()), torch.randn(2, 3, 6, 6)
+    path = export_onnx(model, x, tmp_path / "m.onnx", fold=fold).path
+    proto = onnx.load(path)
+    node = [node for node in proto.graph.node if "block.conv" in scopes(node)][call]
+    [shared] = [tensor for tensor in proto.graph.initializer if tensor.name == node.input[1]]
+    # That call alone takes another weight.
+    own = numpy_helper.from_array(numpy_helper.to_array(shared) * np.float32(1.001), "own")
+    proto.graph.initializer.append(own)
+    node.input[1] = "own"
+    onnx.save(proto, path)
+    name = "block.norm" if fold else "block.conv"
+    assert verify_onnx(model, path, x).first_divergence == (f"{name}:{call}" if call else name)
+
+
 def shuffle_net() -> Loaded:
     import torchvision
 
@@ -202,7 +243,7 @@ def shuffle_net() -> Loaded:
 
 
 @pytest.mark.parametrize("how", ["unfolded", "folded", "by torch alone"])
-@pytest.mark.parametrize("make", [Branches, Repeated, shuffle_net])
+@pytest.mark.parametrize("make", [Branches, Repeated, Looped, shuffle_net])
 def test_no_layer_of_a_sound_file_is_blamed(
     make: Callable[[], nn.Module | Loaded], how: str, tmp_path: Path
 ) -> None:
@@ -216,7 +257,7 @@ def test_no_layer_of_a_sound_file_is_blamed(
         export_onnx(model, x, path, fold=how == "folded")
     parity = verify_onnx(model, path, x, batch_sizes=(2,), layers=True)
     assert parity.passed
-    assert len(parity.layers) > (0 if make is Repeated else 3)
+    assert len(parity.layers) > 3
     assert [layer for layer in parity.layers if not layer.passed] == []
     assert [layer.position for layer in parity.layers] == sorted(layer.position for layer in parity.layers)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -381,3 +382,28 @@ def test_weights_too_large_for_one_message(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert path.stat().st_size < 1500
     assert verify_onnx(model, path, x).passed
+
+
+class AlmostNeutral(nn.Module):
+    """What is all but 0 or 1 counts; what is 0 or 1 does not."""
+
+    def forward(self, x):
+        return (
+            torch.log(torch.relu(x) + 1e-9),
+            x * 1.000005,
+            1e-9 + x * 1e-9,
+            x / 1.000005 - 1e-9,
+            (x + 0) * 1,
+        )
+
+
+def test_what_is_almost_neutral_is_not_dropped(tmp_path):
+    x = torch.randn(2, 3, 4, 4)
+    path = tmp_path / "model.onnx"
+    export_onnx(AlmostNeutral(), (x,), path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for output, expected in zip(found, AlmostNeutral()(x), strict=True):
+        np.testing.assert_allclose(output, expected.numpy(), rtol=1e-6, atol=1e-16)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert (kinds.count("Mul"), kinds.count("Div"), kinds.count("Add"), kinds.count("Sub")) == (2, 1, 2, 1)

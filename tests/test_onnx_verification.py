@@ -575,3 +575,42 @@ def test_without_openvino_the_command_is_said(
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(errors.MissingExtraError, match=r"pip install 'renormify\[openvino\]'"):
         verify_onnx(model, path, x, runtimes=("openvino",))
+
+
+class Detector(nn.Module):
+    """Two outputs by name, and a constant that is handed through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes, self.scores = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.register_buffer("anchors", torch.randn(3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"boxes": self.boxes(x), "scores": self.scores(x), "grid": self.anchors, "same": self.boxes(x)}
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"),
+    [
+        ({}, ()),
+        ({"boxes": "scores", "scores": "boxes"}, ("boxes", "scores")),
+        ({"scores": "logits"}, ("scores",)),
+        ({"boxes": "a", "scores": "b", "same": "c"}, ()),  # names of another kind
+    ],
+)
+def test_misnamed_outputs(names: dict[str, str], wrong: tuple[str, ...], tmp_path: Path) -> None:
+    model, x = Detector(), torch.randn(2, 4)
+    path = export_onnx(model, x, tmp_path / "m.onnx").path
+
+    def rename(proto: onnx.ModelProto) -> None:
+        for node in proto.graph.node:
+            for values in (node.input, node.output):
+                values[:] = [names.get(name, name) for name in values]
+        for value in proto.graph.output:
+            value.name = names.get(value.name, value.name)
+
+    assert [value.name for value in onnx.load(path).graph.output] == ["boxes", "scores", "anchors", "same"]
+    parity = verify_onnx(model, edited(path, rename), x)
+    assert parity.passed == (not wrong), [record.reason for record in parity.outputs]
+    reasons = [record.reason for record in parity.outputs[:4] if not record.passed]
+    assert reasons == [f"its name is {names[name]!r}, the model's {name!r}" for name in wrong]

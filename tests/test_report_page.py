@@ -136,3 +136,26 @@ def test_the_picture_names_every_layer(page: Path, document: dict[str, Any]) -> 
     assert [layer["name"] for layer in layers[:3]] == ["0.0", "0.1", "1.0"]
     for layer in layers:
         assert re.search(rf"<title>{re.escape(layer['name'])}: \S+</title>", text)
+
+
+def test_a_narrow_window_with_many_rows_and_long_names(tmp_path: Path) -> None:
+    name = "encoder.layers.{}.residual_branch_with_a_long_name.depthwise_separable_convolution.norm"
+    sites = [
+        {
+            "name": name.format(n),
+            "kind": "BatchNorm2d",
+            "channels": n,
+            "action": "skipped",
+            "reason": "w" * 90,
+        }
+        for n in range(500)
+    ]
+    path = tmp_path / "report.html"
+    text = html_page(sections({"report": {"sites": sites}}, full=True))
+    script = """<script>
+      document.querySelectorAll("th button")[2].click(); document.querySelectorAll("th button")[2].click();
+      const {scrollWidth, clientWidth} = document.documentElement, row = document.querySelector("tbody tr");
+      document.title = [scrollWidth <= clientWidth, row.cells[2].textContent, row.offsetHeight < 200].join();
+    </script></body>"""
+    path.write_text(text.replace("</body>", script), encoding="utf-8")
+    assert "<title>true,499,true</title>" in browse(path, "--dump-dom", "--window-size=500,900")

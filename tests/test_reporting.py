@@ -133,7 +133,7 @@ def test_the_page_is_whole_and_needs_nothing_else():
     page = Page()
     page.feed(html)
     assert page.open == []
-    assert page.links == []
+    assert page.links == [f"#section{n}" for n in range(1, 6)]  # within the page
     assert page.tags.count("script") == 1  # the page's own, which sorts its tables
     assert "b" not in page.tags  # what the names hold is text
     assert not any(word in html for word in ("http", "@import", "url("))
@@ -147,3 +147,15 @@ def test_without_jinja2_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'renormify\[report\]'"):
         html_page(sections(DOCUMENT))
+
+
+def test_the_picture_marks_layers_that_diverge_and_has_room_for_long_names():
+    names = [f"encoder.layers.{n}.block.a_branch_with_a_very_long_name.normalisation" for n in range(3)]
+    layers = [
+        {"name": name, "position": n / 2, "max_rel": [1e-7, 1e-3, None][n], "floor": 1e-7, "passed": n == 0}
+        for n, name in enumerate(names)
+    ]
+    html = html_page(sections({"parity": parity(False) | {"layers": layers}}))
+    assert html.count('class="fault"') == 2
+    assert f"<title>{names[2]} (diverges): not finite</title>" in html
+    assert "encoder.layers.0.blo ... long_name.normalisation to encoder" in html

@@ -1,25 +1,54 @@
 """What torch's exporter leaves behind, cleared away with onnxscript's own passes.
 
 These are the passes of ``torch.onnx.export(optimize=True)`` but for the rules that fold BatchNormalization:
-those fold in float32, and fold a training_mode=1 node as though it were in inference.
+those fold in float32, and fold a training_mode=1 node as though it were in inference. What adds 0 or
+multiplies by 1 goes by rules of our own, since onnxscript's take 1e-9 for a 0 as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, rewriter
+from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 from onnxscript.rewriter.rules import common as rules
 
 from renormify.onnx.surgery import NAME_SCOPES, drop_identities
 
 __all__ = ["clean"]
 
+
+def _exactly(neutral: float) -> Callable[..., bool]:
+    """Whether a constant is this very number, and so shaped that it cannot broadcast the other operand."""
+
+    def check(_: Any, x: ir.Value, constant: ir.Value) -> bool:
+        tensor = constant.const_value
+        if tensor is None or tensor.size != 1 or (len(tensor.shape) and x.shape is None):
+            return False
+        rank = len(x.shape) if x.shape is not None else 0
+        return len(tensor.shape) <= rank and float(tensor.numpy().item()) == neutral
+
+    return check
+
+
+def _dropped(pattern: Callable[..., Any], neutral: float) -> RewriteRule:
+    return RewriteRule(pattern, lambda op, x, **_: op.Identity(x), _exactly(neutral))
+
+
+_NEUTRAL = RewriteRuleSet(
+    [
+        _dropped(lambda op, x, constant: op.Add(x, constant), 0),
+        _dropped(lambda op, x, constant: op.Mul(x, constant), 1),
+        _dropped(lambda op, x, constant: op.Sub(x, constant), 0),
+        _dropped(lambda op, x, constant: op.Div(x, constant), 1),
+    ],
+    commute=True,
+)
 _RULES = (
-    rules.mul_by_1_rule,
-    rules.add_0_rule,
-    rules.sub_0_rule,
-    rules.div_by_1_rule,
+    *_NEUTRAL.rules,
     rules.dropout_zero_rule,
     rules.dropout_inference_rule,
     rules.two_reshapes_matmul_reshape_rule,

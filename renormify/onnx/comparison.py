@@ -27,7 +27,8 @@ class OutputParity:
         max_abs: the largest absolute difference from the float64 model, None where it cannot be told.
         max_rel: ``max_abs`` relative to the largest absolute value of the float64 output.
         floor: the largest absolute difference between torch's own forward and the float64 model's, over all
-            batch sizes; None without a float64 model, and for what is no float.
+            batch sizes and with the weights' last places rounded otherwise; None without a float64 model, and
+            for what is no float.
         tolerance: the absolute difference allowed, at the element of ``max_abs``; channels have their own.
         tolerance_used: the largest share of its tolerance that any element takes; above 1 where one fails.
         top1: for outputs of rank 2, the share of rows whose largest entry is where torch has it.
@@ -115,7 +116,7 @@ def deviation(
     truth: Tensor,
     noise: Noise | None,
     *,
-    kernel: float = 0.0,
+    kernel: Tensor | None = None,
     given: tuple[float, float] | None = None,
 ) -> Deviation:
     """Compare an output of a file with torch's; the first thing wrong is the reason.
@@ -125,11 +126,12 @@ def deviation(
         ours: torch's own.
         truth: the float64 model's, or torch's own where there is no such model.
         noise: what is known of the noise, or None where the output is no plain array of floats.
-        kernel: the error of the runtime's own kernel that made the output.
+        kernel: the error of the runtime's own kernel in each element, or None.
         given: the absolute and the relative tolerance to judge by instead of noise.
     """
     exact = (theirs != ours) & (ours.double() == truth.double())
     theirs, ours, truth = theirs.double(), ours.double(), truth.double()
+    kernel = torch.zeros(()) if kernel is None else kernel
     if noise is not None:
         difference, tolerance = (theirs - truth).abs(), noise.tolerance(truth) + kernel
     else:
@@ -153,7 +155,7 @@ def compare(
     truth: Tensor | None,
     noise: Noise | None,
     *,
-    kernel: float = 0.0,
+    kernel: Tensor | None = None,
     given: tuple[float, float] | None = None,
 ) -> OutputParity:
     """Return the record of one output; for the arguments see ``deviation``."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from renormify import errors
+from renormify.modes import evaluating
 from renormify.onnx.comparison import as_tensor, deviation
-from renormify.onnx.examples import evaluating, map_tensors
-from renormify.onnx.modules import Layer, calls_of, frontier, layers_of
+from renormify.onnx.examples import map_tensors
+from renormify.onnx.modules import Layer, calls_of, frontier, label, layers_of
 from renormify.onnx.noise import comparable, measure
-from renormify.onnx.precision import kernel_error, makers
-from renormify.onnx.reference import Answer
+from renormify.onnx.precision import granted, makers
+from renormify.onnx.reference import REPEATS, Answer
+from renormify.onnx.rounding import rounded_otherwise
 from renormify.onnx.runtimes import RUNTIMES
 
 __all__ = ["Divergence", "LayerParity", "find_divergence", "profile"]
@@ -43,7 +46,7 @@ class LayerParity:
     """The output of one layer in the file.
 
     Attributes:
-        name: the module's path in the torch model.
+        name: the module's path in the torch model; from the second call of one module, "path:1", "path:2".
         value: the value's name in the file.
         position: of the layer, from 0.0 for the first that can be compared to 1.0 for the last.
         max_abs: the largest absolute difference from the float64 model; None where it is not finite.
@@ -82,7 +85,9 @@ class Divergence:
     layers: tuple[LayerParity, ...] = ()
 
 
-def find_divergence(model: Any, path: Path, answer: Answer, runtime: str) -> Divergence:
+def find_divergence(
+    model: Any, path: Path, answer: Answer, runtime: str, outputs: Collection[str] = ()
+) -> Divergence:
     """Find the first layer whose output in the file is not the torch model's.
 
     Args:
@@ -90,6 +95,7 @@ def find_divergence(model: Any, path: Path, answer: Answer, runtime: str) -> Div
         path: the file, whose outputs are known to differ.
         answer: the inputs at which they do.
         runtime: the runtime on which they do.
+        outputs: the names of those whose values are wrong.
     """
     if not isinstance(model, nn.Module):
         return Divergence(None, _CALLABLE)
@@ -108,6 +114,12 @@ def find_divergence(model: Any, path: Path, answer: Answer, runtime: str) -> Div
         return Divergence(None, f"the search failed: {errors.one_line(error)}")
     seen = probe.compared()
     if high == len(probe.layers):
+        # An output was judged over more rows than the layer that makes it.
+        last = [layer.name for layer in probe.layers if layer.value in outputs]
+        if last:
+            return Divergence(
+                last[0], "every layer before agrees within its noise, this output does not", seen
+            )
         reason = f"every layer agrees within its noise up to {probe.layers[-1].name}"
         return Divergence(None, f"{reason}, the last that can be compared", seen)
     layer = probe.layers[high]
@@ -144,6 +156,7 @@ class _Probe:
     def __init__(self, model: nn.Module, path: Path, answer: Answer, runtime: str) -> None:
         self.model, self.path, self.answer, self.runtime = model, path, answer, runtime
         self.double = None if answer.truth is None else copy.deepcopy(model).double()
+        self.others = [rounded_otherwise(model, seed) for seed in range(REPEATS)] if self.double else []
         file = ir.load(path)
         with evaluating(model):
             self.layers: Sequence[Layer] = layers_of(file.graph, calls_of(model, answer.arguments))
@@ -155,17 +168,17 @@ class _Probe:
         new = [index for index in indices if index not in self.found]
         if new:
             names = [self.layers[index].name for index in new]
-            own = _outputs(self.model, names, self.answer.arguments)
+            given = self.answer.arguments
+            own = [_outputs(self.model, names, given)]
             truth = None
             if self.double is not None:
-                doubled = map_tensors(
-                    lambda x: x.double() if x.is_floating_point() else x, self.answer.arguments
-                )
+                doubled = map_tensors(lambda x: x.double() if x.is_floating_point() else x, given)
                 truth = _outputs(self.double, names, doubled)
+                own += [_outputs(other, names, given) for other in self.others]
             theirs = self._run([self.layers[index].value for index in new])
             for index, name, output in zip(new, names, theirs, strict=True):
                 real = None if truth is None else truth[name]
-                self.found[index] = self._compare(index, output, own[name], real)
+                self.found[index] = self._compare(index, output, [tensors[name] for tensors in own], real)
         return any(not self.found[index].passed for index in indices)
 
     def compared(self) -> tuple[LayerParity, ...]:
@@ -186,18 +199,17 @@ class _Probe:
             del runtime  # it may hold the files open
         return outputs
 
-    def _compare(self, index: int, output: Any, own: Tensor, truth: Tensor | None) -> LayerParity:
-        layer = self.layers[index]
+    def _compare(self, index: int, output: Any, owns: list[Tensor], truth: Tensor | None) -> LayerParity:
+        layer, own = self.layers[index], owns[0]
         position = index / max(len(self.layers) - 1, 1)
         if tuple(output.shape) != tuple(own.shape):
             reason = f"its shape is {tuple(output.shape)}, torch's {tuple(own.shape)}"
             return LayerParity(layer.name, layer.value, position, None, None, None, False, reason)
         real = own if truth is None else truth
-        noise = measure([own], None if truth is None else [truth]) if comparable(own) else None
-        if noise is not None and noise.spread is not None:
-            # It was measured in this batch alone, and torch's own root mean square varies between batches.
-            noise = replace(noise, spread=2 * noise.spread)
-        kernel = kernel_error(self.runtime, self.makers.get(layer.value, ""))
+        noise = None
+        if comparable(own):
+            noise = measure(owns, None if truth is None else [truth] * len(owns))
+        kernel = None if noise is None else granted(self.runtime, self.makers.get(layer.value, ""), real)
         found = deviation(as_tensor(output, own.dtype), own, real, noise, kernel=kernel)
         largest = float(real.double().abs().max()) if real.numel() else 0.0
         floor = None if noise is None or noise.floor is None or not largest else noise.floor / largest
@@ -210,20 +222,24 @@ class _Probe:
 
 
 def _outputs(model: nn.Module, names: Sequence[str], arguments: tuple[Any, ...]) -> dict[str, Tensor]:
-    """Run the model and return the outputs of these modules, as they are when the module ends."""
+    """Run the model and return what these calls of modules returned, as it was when the module ended."""
     taken: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def take(module: nn.Module, given: Any, output: Tensor) -> None:
-            taken[name] = output.detach().clone().cpu()  # the next module may write into it
+            name = label(path, calls[path])
+            calls[path] += 1
+            if name in names:
+                taken[name] = output.detach().clone().cpu()  # the next module may write into it
 
         return take
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        for name in names:
-            handle = model.get_submodule(name).register_forward_hook(hook(name))
-            stack.callback(handle.remove)
+        for path, module in model.named_modules():
+            if path in names or any(name.startswith(f"{path}:") for name in names):
+                stack.callback(module.register_forward_hook(hook(path)).remove)
         model(*arguments)
     return taken

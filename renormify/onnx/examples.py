@@ -1,9 +1,8 @@
-"""The example arguments of a model: their tensors, their batch axis, and the model held in eval mode."""
+"""The example arguments of a model: their tensors and their batch axis."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from renormify import errors
 
-__all__ = ["as_arguments", "batch_size", "evaluating", "has_batch", "map_tensors", "tensors_of", "unwrapped"]
+__all__ = ["as_arguments", "batch_size", "has_batch", "leaf_names", "map_tensors", "tensors_of", "unwrapped"]
 
 
 def as_arguments(args: Any) -> tuple[Any, ...]:
@@ -40,6 +39,15 @@ def map_tensors(function: Callable[[Tensor], Any], arguments: tuple[Any, ...]) -
     return mapped
 
 
+def leaf_names(tree: Any) -> list[str]:
+    """Return a name for each leaf, from the keys and fields that lead to it: "boxes", "0_scores", or ""."""
+    return ["_".join(_key_of(key) for key in path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def _key_of(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))))
+
+
 def batch_size(arguments: tuple[Any, ...]) -> int | None:
     """Return the first dimension of the first tensor that has one: the batch."""
     return next((tensor.shape[0] for tensor in tensors_of(arguments) if tensor.ndim > 0), None)
@@ -62,18 +70,3 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
         if not isinstance(inside, torch.nn.Module):
             return model
         model = inside
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Hold ``model`` in evaluation mode; every submodule's own training flag comes back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        # The module of a torch.export program has no modes and says so.
-        if any(training for _, training in flags):
-            with suppress(NotImplementedError):
-                model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

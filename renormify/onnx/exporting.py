@@ -15,15 +15,17 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import OutputFixPass
 from torch.utils import _pytree as pytree
 
 from renormify import errors
+from renormify.modes import evaluating
 from renormify.onnx.cleaning import clean
 from renormify.onnx.examples import (
     as_arguments,
     batch_size,
-    evaluating,
     has_batch,
+    leaf_names,
     map_tensors,
     tensors_of,
     unwrapped,
@@ -113,10 +115,13 @@ def export_onnx(
     destination = check_destination(path)
     with evaluating(model):
         exported = _export(model, arguments, dynamic_batch=dynamic_batch, opset_version=opset_version)
+    names = [value.name for value in exported.graph.outputs]
     clean(exported)
     sites = fold_graph(exported) if fold else None
     if fold:
         reorder(exported)
+    OutputFixPass()(exported)
+    _restore_names(exported, names)
     exported = _in_opset(exported, opset_version)
     write_model(exported, destination)
     return Export(
@@ -260,15 +265,12 @@ def _name_outputs(model: ir.Model, program: torch.export.ExportedProgram) -> Non
     if spec is None or len(tensors) != len(model.graph.outputs) or spec.num_leaves != len(kinds):
         return
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = {leaf: path for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
+    found = leaf_names(tree)
     taken = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
     names = []
     for index in tensors:
-        parts = [
-            str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in paths[index]
-        ]
-        name = "_".join(["output", *parts] if not parts or parts[0].isdigit() else parts)
-        names.append(name)
+        name = found[index]
+        names.append(name if name and not name[0].isdigit() else "_".join(filter(None, ("output", name))))
     if len(set(names)) != len(names) or taken & set(names):
         return
     outputs = dict.fromkeys(model.graph.outputs)
@@ -281,6 +283,15 @@ def _name_outputs(model: ir.Model, program: torch.export.ExportedProgram) -> Non
                     value.name = f"{value.name}_inner"
     for value, name in zip(outputs, names, strict=True):
         if value.producer() is not None:
+            value.name = name
+
+
+def _restore_names(model: ir.Model, names: list[str | None]) -> None:
+    """Give the outputs their names again: of two that turned out to be the same, one had got another."""
+    used = {value.name for node in model.graph for value in node.outputs}
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        if value.producer() is not None and name not in used:
+            used ^= {value.name, name}
             value.name = name
 
 

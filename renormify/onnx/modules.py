@@ -1,14 +1,16 @@
 """Which value of an ONNX file is the output of which torch module, and how they hang together.
 
 torch's exporter writes into each node the modules that it came from. The one value by which a module is left
-is its output. Folding moves values: behind a Conv that a norm was folded into stands the norm's output, and
-between a norm and the layer behind it that took it up nothing is comparable. What is not certain is left out.
+is its output. Of a module that is called again, the first call bears its path, the next "path:1", "path:2".
+Folding moves values: behind a Conv that a norm was folded into stands the norm's output, and between a norm
+and the layer behind it that took it up nothing is comparable. What is not certain is left out.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Layer", "calls_of", "frontier", "layers_of"]
+__all__ = ["Layer", "calls_of", "frontier", "label", "layers_of"]
 
 _SCOPES, _FOLDED = "pkg.torch.onnx.name_scopes", "renormify.folded_from"
 _END = 2**62
@@ -25,15 +27,17 @@ _END = 2**62
 
 @dataclass(frozen=True)
 class Call:
-    """The one call of a module in a forward.
+    """One call of a module in a forward.
 
     Attributes:
+        path: of the module.
         order: when it ended, among all calls.
-        source: the module whose output it was given untouched as its first argument, or "".
+        source: the call whose output it was given untouched as its first argument, or "".
         affine: whether the module, having none inside it, has parameters or buffers and no weight of a rank
             above 1, as a norm: without a node of its own in the file it was folded.
     """
 
+    path: str
     order: int
     source: str
     affine: bool
@@ -44,7 +48,7 @@ class Layer:
     """A module and the value in the file that is its output.
 
     Attributes:
-        name: the module's path.
+        name: the module's path, and which of its calls.
         value: the name of the value.
         merged: modules that are one with it in the file.
         reach: the indices of the layers that are first met on the ways from here; very large for an output.
@@ -56,8 +60,13 @@ class Layer:
     reach: frozenset[int]
 
 
+def label(path: str, number: int) -> str:
+    """Return the name of a call of a module, the first of which is number 0."""
+    return f"{path}:{number}" if number else path
+
+
 def calls_of(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Call]:
-    """Run the model and return, by path, the modules that are called once and return one tensor."""
+    """Run the model and return, by label, the calls of modules that return one tensor."""
     calls: dict[str, list[Call | None]] = {}
     ended = 0
 
@@ -72,9 +81,10 @@ def calls_of(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Call]:
             ranks = [tensor.ndim for tensor in (*module.parameters(), *module.buffers())]
             affine = not any(module.children()) and max(ranks, default=2) < 2
             plain = isinstance(output, Tensor)
-            calls.setdefault(name, []).append(Call(ended, source, affine) if plain else None)
+            found = calls.setdefault(name, [])
             if plain:
-                output._renormify_source = (name, output._version)
+                output._renormify_source = (label(name, len(found)), output._version)
+            found.append(Call(name, ended, source, affine) if plain else None)
 
         return note
 
@@ -85,7 +95,12 @@ def calls_of(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Call]:
     finally:
         for handle in handles:
             handle.remove()
-    return {name: found[0] for name, found in calls.items() if len(found) == 1 and found[0] is not None}
+    return {
+        label(name, number): call
+        for name, found in calls.items()
+        for number, call in enumerate(found)
+        if call is not None and None not in found
+    }
 
 
 def layers_of(graph: ir.Graph, calls: dict[str, Call]) -> list[Layer]:
@@ -96,21 +111,30 @@ def layers_of(graph: ir.Graph, calls: dict[str, Call]) -> list[Layer]:
         calls: of the modules, from ``calls_of``.
     """
     scopes = {node: _scopes(node) for node in graph}
+    number_of_calls = Counter(call.path for call in calls.values())
     values: dict[str, ir.Value] = {}
+    labels: dict[tuple[str, ir.Node], str] = {}
     for name in dict.fromkeys(scope for path in scopes.values() for scope in path):
-        exits = _exits(graph, name, scopes)
-        if name in calls and len(exits) == 1:
-            values[name] = exits[0]
+        nodes = [node for node, path in scopes.items() if name in path]
+        for number, part in enumerate(_parts(nodes, number_of_calls[name])):
+            labels |= {(name, node): label(name, number) for node in part}
+            exits = _exits(graph, part)
+            if len(exits) == 1:
+                values[label(name, number)] = exits[0]
     merged: dict[str, tuple[str, ...]] = {}
     for node, path in scopes.items():
+        host = labels.get((path[-1], node), "") if path else ""
         for name in sorted(_folded(node), key=lambda folded: calls[folded].order if folded in calls else 0):
-            _move(path[-1] if path else "", name, calls, values, merged)
-    named = {scope for path in scopes.values() for scope in path} | {
-        name for node in graph for name in _folded(node)
-    }
+            _move(host, name, calls, values, merged)
+    seen = {scope for path in scopes.values() for scope in path}
+    folded = {name for node in graph for name in _folded(node)}
     for name, call in calls.items():  # another tool folded it and does not say so
-        if call.affine and name not in named:
+        if not call.affine or name in folded:
+            continue
+        if call.path not in seen:
             _move(call.source, name, calls, values, merged)
+        elif name not in values:  # in one call or another
+            values.pop(call.source, None)
     return _connected(graph, values, merged)
 
 
@@ -134,14 +158,27 @@ def _folded(node: ir.Node) -> list[str]:
         return []
 
 
-def _exits(graph: ir.Graph, name: str, scopes: dict[ir.Node, list[str]]) -> list[ir.Value]:
-    """Return the values that are made in a module and used outside of it."""
+def _parts(nodes: list[ir.Node], number: int) -> list[list[ir.Node]]:
+    """Return the nodes of each call of a module, or none where that is not certain.
+
+    Calls follow each other in the file, and one is made of the same operators as the next.
+    """
+    if number == 0 or len(nodes) % number:
+        return []
+    size = len(nodes) // number
+    parts = [nodes[start : start + size] for start in range(0, len(nodes), size)] if size else []
+    kinds = {tuple(node.op_type for node in part) for part in parts}
+    return parts if len(kinds) == 1 else []
+
+
+def _exits(graph: ir.Graph, nodes: list[ir.Node]) -> list[ir.Value]:
+    """Return the values that these nodes make and others use."""
+    inside = set(nodes)
     return [
         value
-        for node, path in scopes.items()
-        if name in path
+        for node in nodes
         for value in node.outputs
-        if value in graph.outputs or any(name not in scopes.get(user, []) for user in value.consumers())
+        if value in graph.outputs or any(user not in inside for user in value.consumers())
     ]
 
 

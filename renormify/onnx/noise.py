@@ -1,7 +1,8 @@
 """The noise of one output, channel by channel, and what a file may therefore differ by.
 
-The noise is the error of torch's own forward against the float64 model. Channels are the entries of axis 1:
-one may be a million times as large as the next, and noise with it, so each is measured by itself.
+The noise is the error of torch's own forward against the float64 model. Channels are the entries of axis 1,
+and, as a model may have them last, of the last axis: one may be a million times as large as the next, and
+noise with it, so each is measured by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FALLBACK", "Noise", "comparable", "largest_of", "measure"]
+__all__ = ["FALLBACK", "Channels", "Noise", "comparable", "largest_of", "measure"]
 
 #: The error allowed, relative to the output's largest value, where there is no float64 model to compare with.
 FALLBACK = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -30,6 +31,26 @@ CHANCE = 1e-9
 SPREAD_FACTOR = 3.0
 SPREAD_ULPS = 1.0
 SPREAD_ELEMENTS = 100
+#: That holds for errors that have nothing to do with each other. Over an even ground, or where one weight's
+#: last place moves a whole channel, they are few however many the elements; in fewer than these nothing is
+#: held closer (that noise of 16 exceeds three times that of 48 has a chance of 1e-10).
+SPREAD_INDEPENDENT = 16.0
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The noise along one axis of an output.
+
+    Attributes:
+        axis: 1, or -1 for the last.
+        allowed: for each channel, how far an element may be off.
+        spread: for each channel, how far the elements may be off in the root mean square; infinite where
+            their errors are too much alike to tell.
+    """
+
+    axis: int
+    allowed: Tensor
+    spread: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,22 +58,26 @@ class Noise:
     """What is known of the noise of one output, over all batch sizes.
 
     Attributes:
-        by_channel: whether axis 1 is told apart; it is where it has one size at every batch size.
         floor: the largest error, or None without a float64 model.
-        allowed: for each channel, how far an element may be off.
-        spread: for each channel, and last for the whole output, how far the elements may be off in the root
-            mean square; None without a float64 model.
+        allowed: how far any element may be off.
+        spread: how far the elements may be off in the root mean square; likewise, and infinite also without a
+            float64 model.
+        channels: the noise along each axis that has one size at every batch size.
     """
 
-    by_channel: bool
     floor: float | None
-    allowed: Tensor
-    spread: Tensor | None
+    allowed: float
+    spread: float
+    channels: tuple[Channels, ...] = ()
 
     def tolerance(self, like: Tensor) -> Tensor:
-        """Return what each element of ``like`` may be off by."""
-        allowed = self.allowed.reshape(1, -1, *[1] * (like.ndim - 2)) if self.by_channel else self.allowed
-        return allowed.expand(like.shape) if like.ndim else allowed.reshape(())
+        """Return what each element of ``like`` may be off by: what all of its channels allow."""
+        tolerance = torch.full(like.shape, self.allowed, dtype=torch.float64)
+        for channels in self.channels:
+            shape = [1] * like.ndim
+            shape[channels.axis] = -1
+            tolerance = tolerance.minimum(channels.allowed.reshape(shape))
+        return tolerance
 
     def spread_beyond(self, difference: Tensor, noise: Tensor) -> str:
         """Say that the elements are together farther off than noise would have them, or "".
@@ -62,63 +87,99 @@ class Noise:
             noise: torch's own errors in the same elements. A channel is judged by itself only where it shows
                 noise in as many as are needed: one that a ReLU holds at 0 all but always does not.
         """
-        if self.spread is None or difference.numel() < SPREAD_ELEMENTS:
+        if difference.numel() < SPREAD_ELEMENTS:
             return ""
-        ours, theirs = _rows(noise, self.by_channel), _rows(difference, self.by_channel)
-        # Rows differ: a channel may be alive in this batch and hardly in the others.
-        allowed = self.spread[:-1].maximum(SPREAD_FACTOR * _root_mean_square(ours))
-        many = ours.count_nonzero(1) >= SPREAD_ELEMENTS
-        allowed = torch.cat([torch.where(many, allowed, math.inf), self.spread[-1:]])
-        spread = torch.cat([_root_mean_square(theirs), _root_mean_square(difference.reshape(1, -1))])
-        excess = spread - allowed
-        if not bool((excess > 0.0).any()):
-            return ""
-        worst = int(excess.argmax())
-        where = f" in channel {worst}" if self.by_channel and worst < len(theirs) else ""
-        return (
-            f"the root mean square of the differences is {float(spread[worst]):.3g}{where} where noise "
-            f"explains {float(allowed[worst]):.3g}"
-        )
+        for channels in self.channels:
+            ours, theirs = _rows(noise, channels.axis), _rows(difference, channels.axis)
+            # Rows differ: a channel may be alive in this batch and hardly in the others.
+            allowed = channels.spread.maximum(SPREAD_FACTOR * _root_mean_square(ours))
+            allowed = torch.where(ours.count_nonzero(1) >= SPREAD_ELEMENTS, allowed, math.inf)
+            found = _root_mean_square(theirs)
+            worst = int((found - allowed).argmax())
+            if found[worst] > allowed[worst]:
+                where = (
+                    f" in channel {worst}" if channels.axis == 1 else f" in entry {worst} of the last axis"
+                )
+                return _beyond(float(found[worst]), float(allowed[worst]), where)
+        spread = float(_root_mean_square(difference.reshape(1, -1)))
+        return _beyond(spread, self.spread) if spread > self.spread else ""
 
 
 def measure(own: list[Tensor], truth: list[Tensor] | None) -> Noise:
     """Measure the noise of one output.
 
     Args:
-        own: the model's own output at each batch size.
-        truth: the float64 model's, or None where there is no such model.
+        own: the model's own output at each batch size, and what it might as well have been.
+        truth: the float64 model's for each of them, or None where there is no such model.
     """
     dtype = own[0].dtype
-    whole_largest = max(largest_of(tensor) for tensor in own)
+    largest = max(largest_of(tensor) for tensor in own)
     if truth is None:
-        fallback = FALLBACK.get(dtype, FALLBACK[torch.float32]) * whole_largest
-        return Noise(False, None, torch.tensor([fallback], dtype=torch.float64), None)
-    by_channel = own[0].ndim > 1 and len({(tensor.ndim, tensor.shape[1:2]) for tensor in own}) == 1
-    values = torch.cat([_rows(_finite(tensor), by_channel) for tensor in own], 1)
-    errors = torch.cat(
-        [_rows(_finite(mine.double() - real), by_channel) for mine, real in zip(own, truth, strict=True)],
-        1,
+        return Noise(None, FALLBACK.get(dtype, FALLBACK[torch.float32]) * largest, math.inf)
+    errors = [_finite(mine.double() - real) for mine, real in zip(own, truth, strict=True)]
+    floor = max(largest_of(error) for error in errors)
+    ulp = torch.finfo(dtype).eps * largest
+    allowed = NOISE_FACTOR * floor + NOISE_ULPS * ulp
+    flat = [error.reshape(1, -1) for error in errors]
+    along = [_along(axis, own, errors, largest, allowed) for axis in _axes(own)]
+    rows = [_rows(error, 1) for error in errors] if along else flat
+    squares, independent = _independent(rows)
+    # Channels err each by itself, the larger ones count for more (Welch and Satterthwaite).
+    together = squares.sum().square() / (squares.square() / independent.clamp(min=1e-300)).sum().clamp(
+        min=1e-300
     )
-    eps = torch.finfo(dtype).eps
-    floors, ulps = _largest(errors), eps * _largest(values)
-    whole_floor, whole_ulp = float(_largest(errors.reshape(1, -1))), eps * whole_largest
+    spread = math.inf
+    if together >= SPREAD_INDEPENDENT or not squares.any():
+        spread = SPREAD_FACTOR * float(_root_mean_square(torch.cat(flat, 1))) + SPREAD_ULPS * ulp
+    return Noise(floor, allowed, spread, tuple(along))
+
+
+def _axes(own: list[Tensor]) -> list[int]:
+    """Return the axes whose entries are told apart."""
+    return [
+        axis
+        for axis, rank in ((1, 2), (-1, 3))
+        if own[0].ndim >= rank and len({(tensor.ndim, tensor.shape[axis]) for tensor in own}) == 1
+    ]
+
+
+def _along(axis: int, own: list[Tensor], errors: list[Tensor], largest: float, most: float) -> Channels:
+    """Measure the noise along an axis of an output whose elements may be off by ``most``."""
+    values = torch.cat([_rows(_finite(tensor), axis) for tensor in own], 1)
+    runs = [_rows(error, axis) for error in errors]
+    rows = torch.cat(runs, 1)
+    eps = torch.finfo(own[0].dtype).eps
+    floors, ulps = _largest(rows), eps * _largest(values)
     # Where an activation has cut the noise off, an error of 0 says nothing of the others.
-    count = errors.count_nonzero(1).double()
-    typical = (errors.square().sum(1) / count.clamp(min=1.0)).sqrt()
+    count = rows.count_nonzero(1).double()
+    typical = (rows.square().sum(1) / count.clamp(min=1.0)).sqrt()
     beyond = (count * (CHANCE ** (-2.0 / count.clamp(min=1.0)) - 1.0)).sqrt()
-    own_allowance = torch.maximum(beyond * typical, NOISE_FACTOR * floors) + NOISE_ULPS * ulps
+    allowed = torch.maximum(beyond * typical, NOISE_FACTOR * floors) + NOISE_ULPS * ulps
     # A channel without noise is judged by the others', and none more loosely than by the largest. The rows of
     # one column err alike, so by luck a column may show little: noise in proportion to its size is granted.
-    whole = NOISE_FACTOR * whole_floor + NOISE_ULPS * whole_ulp
-    own_allowance = own_allowance.maximum(whole * _largest(values) / max(whole_largest, 1e-300))
-    allowed = torch.where(count > 0.0, own_allowance, math.inf).clamp(max=whole)
-    spread = torch.cat(
-        [
-            SPREAD_FACTOR * _root_mean_square(errors) + SPREAD_ULPS * ulps,
-            SPREAD_FACTOR * _root_mean_square(errors.reshape(1, -1)) + SPREAD_ULPS * whole_ulp,
-        ]
+    allowed = allowed.maximum(most * _largest(values) / max(largest, 1e-300))
+    allowed = torch.where(count > 0.0, allowed, math.inf).clamp(max=most)
+    spread = SPREAD_FACTOR * _root_mean_square(rows) + SPREAD_ULPS * ulps
+    squares, independent = _independent(runs)
+    alike = (squares > 0.0) & (independent < SPREAD_INDEPENDENT)
+    return Channels(axis, allowed, torch.where(alike, math.inf, spread))
+
+
+def _independent(runs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return for each row the mean square of its errors, and how many of a run are independent of each other.
+
+    Independent errors have a mean that is as much smaller than they are as the root of their number.
+    """
+    rows = torch.cat(runs, 1)
+    sums = torch.stack([run.sum(1).square() / max(run.shape[1], 1) for run in runs]).sum(0)
+    squares, count = rows.square().sum(1), max(rows.shape[1], 1)
+    return squares / count, squares / sums.clamp(min=1e-300)
+
+
+def _beyond(spread: float, allowed: float, where: str = "") -> str:
+    return (
+        f"the root mean square of the differences is {spread:.3g}{where} where noise explains {allowed:.3g}"
     )
-    return Noise(by_channel, whole_floor, allowed, spread)
 
 
 def comparable(tensor: Tensor) -> bool:
@@ -131,9 +192,9 @@ def largest_of(tensor: Tensor) -> float:
     return float(_largest(_finite(tensor).reshape(1, -1)))
 
 
-def _rows(tensor: Tensor, by_channel: bool) -> Tensor:
+def _rows(tensor: Tensor, axis: int) -> Tensor:
     """Return a row for each channel."""
-    return tensor.movedim(1, 0).flatten(1) if by_channel else tensor.reshape(1, -1)
+    return tensor.movedim(axis, 0).flatten(1)
 
 
 def _finite(tensor: Tensor) -> Tensor:

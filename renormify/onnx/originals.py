@@ -75,11 +75,12 @@ class Original:
         sizes = {size for size in fixed if isinstance(size, int)}
         self.batch_sizes = tuple(sizes) if len(sizes) == 1 else tuple(batch_sizes)
 
-    def __call__(self, *args: Tensor) -> tuple[Tensor, ...]:
-        """Run the file on its inputs, by position."""
+    def __call__(self, *args: Tensor) -> dict[str, Tensor]:
+        """Run the file on its inputs, by position, and return its outputs by name."""
         names = [value.name for value in self._session.get_inputs()]
         feed = {name: to_numpy(tensor) for name, tensor in zip(names, args, strict=True)}
-        return tuple(torch.from_numpy(output) for output in self._session.run(None, feed))
+        outputs = zip(self._session.get_outputs(), self._session.run(None, feed), strict=True)
+        return {value.name: torch.from_numpy(output) for value, output in outputs}
 
 
 def _example(path: object, value: Any, given: Sequence[int] | None, generator: torch.Generator) -> Tensor:

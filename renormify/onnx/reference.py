@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from renormify import errors
-from renormify.onnx.examples import batch_size, evaluating, has_batch, map_tensors, tensors_of
-from renormify.onnx.noise import FALLBACK, Noise, comparable, measure
+from renormify.modes import evaluating
+from renormify.onnx.examples import batch_size, has_batch, leaf_names, map_tensors, tensors_of
+from renormify.onnx.noise import FALLBACK, Noise, comparable, largest_of, measure
+from renormify.onnx.rounding import rounded_otherwise
 
 __all__ = ["KINDS", "Answer", "Reference", "ask_torch", "to_numpy"]
 
@@ -28,6 +31,8 @@ FLOOR_ROWS = 10
 #: large, where what saturates does; zeros. Integers are the example's in each of them.
 KINDS = ("example", "normal", "large", "zeros")
 _LARGE = 100.0
+#: How often the model is run again, rounded otherwise, to see more of its noise.
+REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,29 @@ class Answer:
         inputs: their tensors, as the file takes them.
         outputs: the model's own output tensors, in pytree order.
         truth: the float64 model's, or None where there is no such model.
+        names: of the outputs, from the keys of the dict that the model returns; "" where it returns none.
     """
 
     arguments: Arguments
     inputs: list[Array]
     outputs: list[Tensor]
     truth: list[Tensor] | None
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a forward returned.
+
+    Attributes:
+        tensors: in pytree order.
+        names: of each, as in ``Answer``.
+        odd: whether there was anything else.
+    """
+
+    tensors: list[Tensor]
+    names: list[str]
+    odd: bool
 
 
 @dataclass(frozen=True)
@@ -54,11 +76,13 @@ class Reference:
     Attributes:
         answers: by batch size.
         noise: for each output, what is known of its noise; None where it is no plain array of floats.
+        random: the positions of outputs that differ from one call to the next.
         notes: what was out of the ordinary.
     """
 
     answers: dict[int, Answer]
     noise: list[Noise | None]
+    random: frozenset[int]
     notes: tuple[str, ...]
 
     @property
@@ -102,28 +126,47 @@ def ask_torch(
         batches.append((size, more if kind == "zeros" else _of_kind(kind, arguments, more, seed=1000 + rows)))
         rows += size
     notes: list[str] = []
-    with torch.no_grad():
+    truth: list[list[Tensor]] | None = None
+    others: list[list[Tensor]] = []
+    with torch.no_grad(), evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext():
+        own = [_own_outputs(model, size, batch) for size, batch in batches]
+        outputs = [returned.tensors for returned in own]
+        random = _random(model, batches[0][1], outputs[0])
         if isinstance(model, torch.nn.Module):
-            with evaluating(model):
-                own = [_own_outputs(model, size, batch) for size, batch in batches]
-                truth = _truth(model, [batch for _, batch in batches], [tensors for tensors, _ in own], notes)
+            truth, drawn = _truth(model, [batch for _, batch in batches], outputs, notes)
+            random |= drawn
         else:
-            own = [_own_outputs(model, size, batch) for size, batch in batches]
-            truth = None
             notes.append(_no_truth("a plain callable has no float64 copy"))
-    if any(others for _, others in own):
+        if isinstance(model, torch.nn.Module) and truth is not None:
+            for seed in range(REPEATS):
+                other = rounded_otherwise(model, seed)
+                others += [_outputs(other, batch).tensors for _, batch in batches]
+    if any(returned.odd for returned in own):
         notes.append("outputs of the model that are no tensors were left out")
     answers: dict[int, Answer] = {}
     for index, (size, batch) in enumerate(batches[: len(set(sizes))]):
         inputs = [to_numpy(tensor) for tensor in tensors_of(batch)]
-        answers[size] = Answer(batch, inputs, own[index][0], None if truth is None else truth[index])
-    noise: list[Noise | None] = []
-    for position in range(max(len(tensors) for tensors, _ in own)):
-        there = [index for index, (tensors, _) in enumerate(own) if position < len(tensors)]
-        mine = [own[index][0][position] for index in there]
-        real = None if truth is None else [truth[index][position] for index in there]
-        noise.append(measure(mine, real) if all(map(comparable, [*mine, *(real or [])])) else None)
-    return Reference(answers, noise, tuple(notes))
+        real = None if truth is None else truth[index]
+        answers[size] = Answer(batch, inputs, outputs[index], real, own[index].names)
+    positions = range(max(map(len, outputs)))
+    noise = [_noise(position, [*outputs, *others], truth) for position in positions]
+    return Reference(answers, noise, random, tuple(notes))
+
+
+def _noise(position: int, samples: list[list[Tensor]], truth: list[list[Tensor]] | None) -> Noise | None:
+    """Measure the noise of one output over all batches, and over all times that they were run."""
+    own, real = [], []
+    for index, outputs in enumerate(samples):
+        if position >= len(outputs):
+            continue
+        true = None if truth is None else truth[index % len(truth)][position]
+        # Rounded otherwise, a detector may find one box less.
+        if true is None or true.shape == outputs[position].shape:
+            own.append(outputs[position])
+            real += [] if true is None else [true]
+    if not all(map(comparable, [*own, *real])):
+        return None
+    return measure(own, None if truth is None else real)
 
 
 def resized(arguments: Arguments, size: int, *, seed: int, own_rows: bool = True) -> Arguments:
@@ -181,7 +224,7 @@ def to_numpy(tensor: Tensor) -> Array:
     return array
 
 
-def _own_outputs(model: Callable[..., Any], size: int, arguments: Arguments) -> tuple[list[Tensor], bool]:
+def _own_outputs(model: Callable[..., Any], size: int, arguments: Arguments) -> Returned:
     try:
         return _outputs(model, arguments)
     except Exception as error:  # the user's forward
@@ -192,26 +235,50 @@ def _own_outputs(model: Callable[..., Any], size: int, arguments: Arguments) -> 
         ) from error
 
 
-def _outputs(model: Callable[..., Any], arguments: Arguments) -> tuple[list[Tensor], bool]:
-    """Return the tensors of the result in pytree order, and whether there was anything else."""
-    leaves = pytree.tree_leaves(model(*arguments))
-    tensors = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, len(tensors) < len(leaves)
+def _outputs(model: Callable[..., Any], arguments: Arguments) -> Returned:
+    result = model(*arguments)
+    leaves = pytree.tree_leaves(result)
+    pairs = [
+        (leaf.detach().cpu(), "" if name[:1].isdigit() else name)
+        for leaf, name in zip(leaves, leaf_names(result), strict=True)
+        if isinstance(leaf, Tensor)
+    ]
+    return Returned([tensor for tensor, _ in pairs], [name for _, name in pairs], len(pairs) < len(leaves))
+
+
+def _random(model: Callable[..., Any], batch: Arguments, outputs: list[Tensor]) -> frozenset[int]:
+    """Return which outputs are others when the model is asked again."""
+    again = _outputs(model, batch).tensors
+    if len(again) != len(outputs):
+        return frozenset(range(len(outputs)))
+    return frozenset(index for index, pair in enumerate(zip(outputs, again, strict=True)) if not _same(*pair))
+
+
+def _same(output: Tensor, again: Tensor) -> bool:
+    if comparable(output):
+        if output.shape != again.shape:
+            return False
+        # A sum in another order, as several cores make it, is not the chance that is meant.
+        change = output.double() - again.double()
+        return largest_of(change) <= FALLBACK.get(output.dtype, FALLBACK[torch.float32]) * largest_of(output)
+    whole = not output.is_floating_point() and not output.is_complex() and output.layout is torch.strided
+    return not whole or torch.equal(output, again)
 
 
 def _truth(
     model: torch.nn.Module, batches: list[Arguments], own: list[list[Tensor]], notes: list[str]
-) -> list[list[Tensor]] | None:
-    """Return the outputs of a float64 copy, or None and a note where there can be none."""
+) -> tuple[list[list[Tensor]] | None, frozenset[int]]:
+    """Return the outputs of a float64 copy, or None and a note where there is none, and which are random."""
     try:
         double = copy.deepcopy(model).double()
-        truth = [
-            _outputs(double, map_tensors(lambda x: x.double() if x.is_floating_point() else x, batch))[0]
-            for batch in batches
+        batches = [
+            map_tensors(lambda x: x.double() if x.is_floating_point() else x, batch) for batch in batches
         ]
+        truth = [_outputs(double, batch).tensors for batch in batches]
+        random = _random(double, batches[0], truth[0])  # in float64 even a little chance shows
     except Exception as error:  # deepcopy and forward run the user's code
         notes.append(_no_truth(errors.one_line(error)))
-        return None
+        return None, frozenset()
     for mine, real in zip(own, truth, strict=True):
         if len(mine) != len(real) or any(
             tensor.shape != other.shape
@@ -219,11 +286,11 @@ def _truth(
             if comparable(tensor)
         ):
             notes.append(_no_truth("in float64 its outputs have other shapes"))
-            return None
+            return None, frozenset()
         if any(tensor.is_floating_point() and tensor.dtype is not torch.float64 for tensor in real):
             notes.append(_no_truth("its forward casts to a type of its own"))
-            return None
-    return truth
+            return None, frozenset()
+    return truth, random
 
 
 def _no_truth(why: str) -> str:

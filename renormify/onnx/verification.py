@@ -1,10 +1,11 @@
 """Parity between a torch model and an ONNX file, measured in the float noise that torch itself makes.
 
 The judge knows a callable and a file, and nothing of how the one became the other. The model in float64 is
-the truth. How far torch's own float32 forward is from it is the floor: no file can be asked for less. The
-file may be off by a few floors and a few units in the last place of the largest value, in each channel by its
-own, and over many elements, in the root mean square, by somewhat less: the factors are in ``noise.py``. What
-is no float, a mask or an index, must be equal.
+the truth. How far torch's own float32 forward is from it, with these weights and with their last places
+rounded otherwise (``rounding.py``), is the floor: no file can be asked for less. The file may be off by a few
+floors and a few units in the last place of the largest value, in each channel by its own, and over many
+elements, in the root mean square, by somewhat less: the factors are in ``noise.py``. What is no float, a mask
+or an index, must be equal.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from renormify import errors
+from renormify.modes import evaluating
 from renormify.onnx.comparison import OutputParity, Setting, compare, failure
 from renormify.onnx.divergence import LayerParity, find_divergence, profile
-from renormify.onnx.examples import as_arguments, evaluating, unwrapped
-from renormify.onnx.precision import kernel_error, makers
+from renormify.onnx.examples import as_arguments, unwrapped
+from renormify.onnx.precision import granted, makers
 from renormify.onnx.reference import KINDS, Answer, Array, Reference, ask_torch, to_numpy
 from renormify.onnx.runtimes import RUNTIMES, Runtime
 
@@ -38,6 +40,12 @@ THOROUGH: dict[str, Any] = {
     "runtimes": ("onnxruntime", "onnxruntime-basic", "onnxruntime-off"),
     "layers": True,
 }
+_RANDOM = (
+    "the model's own output differs from one call to the next: it draws random numbers or keeps a state, and "
+    "nothing can be proven of it"
+)
+_ORDER = "the outputs are out of order"
+_NAME = "its name is"
 _UNKNOWN = "which layer diverges first is not known"
 Model: TypeAlias = "torch.nn.Module | Callable[..., Any]"
 
@@ -95,8 +103,10 @@ def verify_onnx(
     """Run a model and an ONNX file on the same inputs and compare every output.
 
     Outputs are matched by position with the tensors that the model returns. Floats are compared within their
-    noise, masks and integers must be equal. NaN, infinities, a missing, extra or misshapen output, another
-    dtype, an output of a kind that ONNX does not have, and a file that does not run all fail; none raises.
+    noise, masks and integers must be equal. NaN, infinities, a missing, extra, misshapen or misnamed output,
+    another dtype, an output of a kind that ONNX does not have or that changes from call to call, and a file
+    that does not run all fail; none raises. An output is misnamed where the model returns it under a key, a
+    dict's say, and the file, which has others by their keys, has not this one.
     Where the file fails, the first layer that diverges is sought by bisection.
 
     Args:
@@ -145,7 +155,7 @@ def verify_onnx(
     given = None if rtol is None and atol is None else (atol or 0.0, rtol or 0.0)
     records: list[OutputParity] = []
     notes: list[str] = []
-    worst: tuple[Answer, str] | None = None
+    worst: tuple[Answer, str, frozenset[str]] | None = None
     last: Answer | None = None
     for kind in dict.fromkeys(inputs):
         reference = _ask(model, arguments, tuple(batch_sizes), kind, notes)
@@ -157,7 +167,8 @@ def verify_onnx(
                 records += found
                 failed = [record.batch_size for record in found if not record.passed and record.shape]
                 if failed and worst is None and not subject.variant:
-                    worst = reference.answers[max(failed)], name
+                    wrong = frozenset(record.name for record in found if _has_wrong_values(record))
+                    worst = reference.answers[max(failed)], name, wrong
         last = reference.answers[min(reference.answers)] if last is None else last
     checked = Path(path)
     first: str | None = None
@@ -174,6 +185,12 @@ def verify_onnx(
         if depth.reason:
             notes.append(f"no layers were compared: {depth.reason}")
     return Parity(checked, tuple(records), first, tuple(dict.fromkeys(notes)), seen)
+
+
+def _has_wrong_values(record: OutputParity) -> bool:
+    """Whether an output stands where it should, under its name, and holds what it should not."""
+    elsewhere = record.reason.endswith(_ORDER) or record.reason.startswith(_NAME)
+    return not record.passed and record.tolerance is not None and not elsewhere and record.reason != _RANDOM
 
 
 def _check_names(what: str, names: Sequence[str], known: Iterable[str]) -> None:
@@ -270,12 +287,18 @@ def _judge(
                 records.append(failure(title, at, f"{counts}: this one is extra", output.shape))
                 continue
             truth = None if answer.truth is None else answer.truth[position]
-            noise, kernel = reference.noise[position], kernel_error(name, made.get(title, ""))
-            own = answer.outputs[position]
+            noise, own = reference.noise[position], answer.outputs[position]
+            kernel = None
+            if noise is not None:
+                kernel = granted(name, made.get(title, ""), own if truth is None else truth)
             record = compare(title, at, output, own, truth, noise, kernel=kernel, given=given)
             if not record.passed:
                 others = _swapped(at, output, position, reference, answer)
                 record = replace(record, reason=record.reason + others)
+            elif given is None and position in reference.random:
+                record = replace(record, passed=False, reason=_RANDOM)
+            elif wrong := _misnamed(subject.graph, position, answer.names):
+                record = replace(record, passed=False, reason=wrong)
             records.append(record)
         for position in range(len(outputs), len(answer.outputs)):
             records.append(failure(f"(output {position})", at, f"{counts}: this one is missing"))
@@ -299,6 +322,22 @@ def _baked(graph: onnx.GraphProto | None, answer: Answer) -> str:
     return ""
 
 
+def _misnamed(graph: onnx.GraphProto | None, position: int, names: Sequence[str]) -> str:
+    """Say that an output has not the name that the model has for it, or "".
+
+    A file that has none of the model's names was not made to have them.
+    """
+    given = [] if graph is None else [value.name for value in graph.output]
+    if not names[position] or not set(given) & set(filter(None, names)):
+        return ""
+    name = given[position]
+    # An input or a constant that is handed through has one name, and keeps it.
+    made = graph is not None and any(name in node.output for node in graph.node)
+    if name == names[position] or not (made or name in names):
+        return ""
+    return f"{_NAME} {name!r}, the model's {names[position]!r}"
+
+
 def _swapped(at: Setting, output: Array, position: int, reference: Reference, answer: Answer) -> str:
     """Say that the output is another one of the model's, or ""."""
     for other, own in enumerate(answer.outputs):
@@ -306,5 +345,5 @@ def _swapped(at: Setting, output: Array, position: int, reference: Reference, an
         if other != position and noise is not None:
             truth = None if answer.truth is None else answer.truth[other]
             if compare("", at, output, own, truth, noise).passed:
-                return f"; it is what the model returns as output {other}: the outputs are out of order"
+                return f"; it is what the model returns as output {other}: {_ORDER}"
     return ""
