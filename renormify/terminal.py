@@ -86,9 +86,7 @@ def file_lines(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TextColumn("files"),
-        _files_per_minute(),
-        progress.TimeElapsedColumn(),
-        _only(progress.TimeRemainingColumn(compact=True)),
+        _rate_of_files(),
     )
     with progress.Progress(*columns, console=terminal, transient=True) as shown:
         task = shown.add_task("", total=None)
@@ -115,12 +113,16 @@ def _only(column: ProgressColumn, *, measured: bool = True) -> ProgressColumn:
     return Column()
 
 
-def _files_per_minute() -> ProgressColumn:
+def _rate_of_files() -> ProgressColumn:
     from rich.progress import ProgressColumn
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> str:
-            # Over the whole run: each file takes seconds, and the bar's own speed looks at the last few.
-            return f"{60 * task.completed / task.elapsed:.1f}/min" if task.elapsed and task.completed else ""
+            # Over the whole run: rich goes by the last few steps, and files that are done side by side come
+            # at once, after which its time left is none.
+            if not (task.total and task.completed and task.elapsed):
+                return ""
+            left = round(task.elapsed / task.completed * (task.total - task.completed))
+            return f"{60 * task.completed / task.elapsed:.1f}/min, {left // 60}:{left % 60:02} left"
 
     return Rate()
