@@ -132,7 +132,7 @@ class Session:
         """Prints the result.
 
         Raises:
-            typer.Exit: with code 1 where the proof failed.
+            typer.Exit: with code 1 where the proof failed, or the document's own.
         """
         from renormify import reporting
 
@@ -151,7 +151,7 @@ class Session:
                     terminal.print(printable(f"Wrote {path}"), soft_wrap=True)
         if not document["passed"] and not self._reported:
             consequence = "; nothing was written" if "output" in document else ""
-            raise typer.Exit(fail(f"{document['reason']}{consequence}", 1))
+            raise typer.Exit(fail(f"{document['reason']}{consequence}", document.get("exit_code", 1)))
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ def folder(tmp_path, monkeypatch):
     torch.save([1, 2], "list.pth")
     Path("exists.safetensors").write_text("somebody's")
     Path("a_folder").mkdir()
+    Path("dangling.pth").symlink_to("nowhere")
     Path("text.onnx").write_text("this is no graph\n")
     yield folder
     assert not (tmp_path / "executed").exists()
@@ -210,6 +211,14 @@ CASES = [
         2,
         "0.weight is float32 in the file and float16 in the model",
     ),
+    (
+        "long name",
+        f"convert good.pth {NET} -o {'x' * 300}.pt",
+        2,
+        "x.pt: File name too long",
+    ),
+    ("no such folder", "inspect --model transformers:nope", 2, "--model transformers:nope: cannot read"),
+    ("a link", "inspect dangling.pth", 2, "dangling.pth is a link to nowhere, which does not exist"),
     ("html folder", f"convert good.pth {NET} {OUT} --html no/report.html", 2, "does not exist"),
 ]
 
