@@ -108,7 +108,7 @@ def test_a_process_that_is_killed_is_one_failed_file(folder):
     torch.save(state(), "in/a.pth")
     Path("die").touch()
     result = invoke("convert", "in", *NET, "-o", "out", code=1)
-    assert "failed a.pth: its process ended with -9" in result.stdout
+    assert "failed       a.pth: its process ended with -9" in result.stdout
     assert os.listdir("out") == []
 
 
