@@ -81,7 +81,8 @@ def convert_checkpoint(
     unproven = None if prove else "the proof was not asked for (--no-proof)"
     checkpoint = None if names_program(request) else read_checkpoint(request)
     if checkpoint is not None:
-        _check_written_from_memory(output, checkpoint)
+        if checkpoint.streamed:
+            _check_written_from_memory(output, checkpoint)
         unproven = unproven or _too_large(checkpoint)
     structure_only = unproven is not None and checkpoint is not None
     subject = load_subject(request, checkpoint, structure_only=structure_only)

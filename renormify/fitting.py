@@ -55,8 +55,12 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Tensor]) -> nn.Modul
             for key in loaded:
                 own[key].copy_(read(key))
         extra = {key: value for key, value in checkpoint.items() if key not in loaded}
-        if extra:  # a module's own state, which is no tensor, is for the module to take
+        try:  # a module's own state, which is no tensor, is for the module to take
             model.load_state_dict(extra, strict=False)
+        except Exception as error:
+            raise CheckpointError(
+                f"{_name(checkpoint)} does not fit: the model does not take its state: {one_line(error)}"
+            ) from error
         return model
     try:
         result = model.load_state_dict(checkpoint, strict=False)

@@ -252,8 +252,9 @@ def test_a_terminal_shows_progress_and_colours_unless_told_otherwise(folder):
     assert terminal(*given, "--quiet") == ""
 
 
-def test_help_comes_at_once():
-    command = [sys.executable, "-m", "renormify", "--help"]
+@pytest.mark.parametrize("arguments", [("--help",), ("convert", "--help")], ids=" ".join)
+def test_help_comes_at_once(arguments):
+    command = [sys.executable, "-m", "renormify", *arguments]
     environment = os.environ | {"PYTHONPATH": str(PACKAGE)}
 
     def seconds():
