@@ -13,7 +13,7 @@ define environment
 	$(PYTHON) -m venv --clear $(VENV); }
 endef
 
-.PHONY: demo test fold-properties bench bench-onnx bench-checkpoint fuzz onnx-zoo zoo clean stale
+.PHONY: demo test fold-properties bench bench-onnx bench-checkpoint fuzz onnx-zoo picture zoo clean stale
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/renormify demo --output demo-output
@@ -46,6 +46,10 @@ bench-checkpoint: $(VENV)/.dev-installed
 FILES ?= 20000
 fuzz: $(VENV)/.dev-installed
 	$(BIN)/python tests/fuzzing.py $(FILES)
+
+# The picture in the README, from a session at a pseudo-terminal: a minute.
+picture: $(VENV)/.dev-installed
+	$(BIN)/python tests/terminal.py
 
 # Long, and resumable: what was judged already, with the same code, is not judged again.
 zoo: $(VENV)/.dev-installed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,14 +51,15 @@ from renormify.options import (
 )
 from renormify.session import (
     Reading,
-    console,
     discard_unwritable,
     fail,
+    fail_as_json,
     folder_session,
     open_standard_streams,
     quiet_warnings,
     session_of,
 )
+from renormify.terminal import console
 
 __all__ = ["app", "main"]
 
@@ -72,16 +74,15 @@ class _TerminatedError(BaseException):
 class _Group(TyperGroup):
     """Turns every error into one line and an exit code, also where the app is called without :func:`main`."""
 
-    def main(self, *args: Any, **extra: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         standalone = extra.pop("standalone_mode", True)
+        self._arguments = tuple(sys.argv[1:] if args is None else args)
         open_standard_streams()
         try:
-            code = super().main(*args, **(extra | {"standalone_mode": False}))
+            code = self._run(rest, extra | {"standalone_mode": False})
             sys.stdout.flush()
-        except _UsageError as error:
-            code = fail(f"{error.format_message()} (see renormify --help)", 2)  # type: ignore[attr-defined]
-        except RenormifyError as error:
-            code = fail(str(error), error.exit_code)
+        except typer.Exit as end:  # nobody reads the document of an error
+            code = end.exit_code
         except BrokenPipeError:
             code = 141
         except OSError as error:  # stdout's: those of files have become errors of ours on their way
@@ -93,11 +94,25 @@ class _Group(TyperGroup):
             sys.exit(code or 0)
         return code
 
+    def _run(self, rest: tuple[Any, ...], extra: dict[str, Any]) -> Any:
+        try:
+            return super().main(list(self._arguments), *rest, **extra)
+        except _UsageError as error:
+            return self._fail(f"{error.format_message()} (see renormify --help)", 2)  # type: ignore[attr-defined]
+        except RenormifyError as error:
+            return self._fail(str(error), error.exit_code)
+
+    def _fail(self, message: str, code: int) -> int:
+        if "--json" not in self._arguments:
+            return fail(message, code)
+        command = next((name for name in self._arguments if name in self.commands), None)
+        return fail_as_json(message, code, command)
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # typer would return the code without a word
-            return fail("interrupted; nothing was written", 130)
+            return self._fail("interrupted; nothing was written", 130)
 
 
 app = typer.Typer(
@@ -115,6 +130,8 @@ app.add_typer(onnx_commands)
 def main() -> None:
     """The entry point of the ``renormify`` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, _terminate)
     app(prog_name="renormify")
 
 
@@ -284,10 +301,11 @@ def diagnose(
     ] = "0.229,0.224,0.225",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every layer.")] = False,
     html: Html = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Look at the norm layers at your own batch size: which suffer, and what to do."""
-    with session_of(as_json, html, full=verbose) as session:
+    with session_of(as_json, html, full=verbose, quiet=quiet) as session:
         request = session.request(checkpoint, weights, model, shapes_of(input_shape), reads=data)
         from renormify import commands
         from renormify.samples import Samples
@@ -332,10 +350,11 @@ def import_(
     ] = None,
     force: Force = False,
     html: Html = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Import the Batch Renorm layers of another package, so that they evaluate as there."""
-    with session_of(as_json, html, force=force) as session:
+    with session_of(as_json, html, force=force, quiet=quiet) as session:
         request = session.request(file, None, model, output=output)
         from renormify import commands
 
@@ -393,7 +412,8 @@ def report(
     force: Force = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Show the result of another command again, or write it as an HTML page."""
-    with session_of(False, output, full=verbose, force=force, quiet=quiet) as session:
+    with session_of(as_json, output, full=verbose, force=force, quiet=quiet) as session:
         session.report(result)

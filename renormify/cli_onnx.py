@@ -108,10 +108,11 @@ def fold(
     force: Force = False,
     verbose: Verbose = False,
     html: Html = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Fold the norms of any ONNX file into their neighbours, and keep it only if it computes the same."""
-    with session_of(as_json, html, full=verbose, force=force) as session:
+    with session_of(as_json, html, quiet=quiet, full=verbose, force=force) as session:
         sizes = batch_sizes_of(batch_sizes)
         progress = session.request(None, None, None, output=output, reads=file).progress
         from renormify import deployment

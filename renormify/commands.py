@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from renormify import __version__, sources
 from renormify.checkpoints import Checkpoint, check_checkpoint_output, load_weights, save_checkpoint
 from renormify.diagnosis import diagnose
-from renormify.errors import InputError, NothingToConvertError
+from renormify.errors import InputError, NothingToConvertError, RenormifyError
 from renormify.exported import export_again, save_program
 from renormify.fitting import tied_to
 from renormify.formats import Span
@@ -80,8 +80,10 @@ def convert_checkpoint(
         check_checkpoint_output(output, force=force, inputs=request.inputs)
     unproven = None if prove else "the proof was not asked for (--no-proof)"
     checkpoint = None if names_program(request) else read_checkpoint(request)
-    if unproven is None and checkpoint is not None:
-        unproven = _too_large(checkpoint)
+    if checkpoint is not None:
+        if checkpoint.streamed:
+            _check_written_from_memory(output, checkpoint)
+        unproven = unproven or _too_large(checkpoint)
     structure_only = unproven is not None and checkpoint is not None
     subject = load_subject(request, checkpoint, structure_only=structure_only)
     del checkpoint  # what it maps of its file need not stay in memory beside the model
@@ -170,11 +172,25 @@ def _stored_state(
     return found, _Stored(checkpoint, places)
 
 
+def _check_written_from_memory(output: Path, checkpoint: Checkpoint) -> None:
+    # torch.save() can leave room for values that are filled in later, but then the archive's checksums are
+    # wrong, and what reads it as a zip file refuses it.
+    size, available = _size(checkpoint), available_memory()
+    if output.suffix.lower() != ".safetensors" and available is not None and size > available:
+        raise InputError(
+            f"cannot write {output}: it is written from memory, and the weights take {size:,} bytes, but "
+            f"{available:,} are free; give .safetensors, which is written tensor by tensor"
+        )
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    tensors = [value for value in checkpoint.values() if isinstance(value, Tensor)]
+    return sum(value.numel() * value.element_size() for value in tensors)
+
+
 def _too_large(checkpoint: Checkpoint) -> str | None:
     """Why there is no memory for a proof, which takes the model twice."""
-    tensors = [value for value in checkpoint.values() if isinstance(value, Tensor)]
-    size = sum(value.numel() * value.element_size() for value in tensors)
-    available = available_memory()
+    size, available = _size(checkpoint), available_memory()
     if available is None or 2 * size <= available:
         return None
     return f"the weights take {size:,} bytes and the proof twice that, but only {available:,} bytes are free"
@@ -205,9 +221,15 @@ def inspect_checkpoint(
     elif not isinstance(source, str) or (recorded and sources.names_code(source)):
         return document  # what the file says is told; code that it names is not run
     else:
-        subject = load_subject(
-            request, checkpoint, structure_only=checkpoint is not None and checkpoint.streamed
-        )
+        try:
+            subject = load_subject(
+                request, checkpoint, structure_only=checkpoint is not None and checkpoint.streamed
+            )
+        except RenormifyError as error:
+            if not recorded:
+                raise
+            # What a file says of itself is worth telling, also where its model cannot be had from it.
+            return document | {"passed": False, "reason": str(error), "exit_code": error.exit_code}
     request.progress("Looking for BatchNorm")
     document |= subject.document("inspect")
     document["dtypes"] = _count_dtypes(dict(subject.model.named_parameters()))

@@ -40,6 +40,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedModelError",
     "one_line",
+    "printable",
 ]
 
 
@@ -58,6 +59,11 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
         return text
     kept = text[: limit - 3]
     return (kept.rpartition(" ")[0] or kept) + "..."
+
+
+def printable(text: str) -> str:
+    """A text that cannot steer a terminal: what is not printable, line breaks too, is shown escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class RenormifyError(Exception):

@@ -49,16 +49,18 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Tensor]) -> nn.Modul
         model.double()
         own = _tensors(model.state_dict())
     if (key := _not_held(own, loaded, read)) is not None:
-        theirs, ours = (str(tensors[key].dtype).removeprefix("torch.") for tensors in (loaded, own))
-        raise KeyMismatchError(
-            f"{_name(checkpoint)} does not fit the model: {key} is {theirs} in the file and {ours} in the "
-            f"model, which would change its values; build the model in {theirs}, or cast the file's tensors "
-            f"to {ours} where that is meant"
-        )
+        raise _other_dtype(_name(checkpoint), key, loaded[key], own[key])
     if _streamed(checkpoint):
         with torch.no_grad():
             for key in loaded:
                 own[key].copy_(read(key))
+        extra = {key: value for key, value in checkpoint.items() if key not in loaded}
+        try:  # a module's own state, which is no tensor, is for the module to take
+            model.load_state_dict(extra, strict=False)
+        except Exception as error:
+            raise CheckpointError(
+                f"{_name(checkpoint)} does not fit: the model does not take its state: {one_line(error)}"
+            ) from error
         return model
     try:
         result = model.load_state_dict(checkpoint, strict=False)
@@ -141,6 +143,18 @@ def _check_kinds(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where:
             raise CheckpointError(
                 f"{where} holds {key} as a {kind} tensor, and the model does not; save {remedy} of it instead"
             )
+        if own[key].is_floating_point() and not value.is_floating_point():
+            # Integers as weights are quantised, and complex numbers would lose a part.
+            raise _other_dtype(where, key, value, own[key])
+
+
+def _other_dtype(where: str, key: str, theirs: Tensor, ours: Tensor) -> KeyMismatchError:
+    kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (theirs, ours)]
+    return KeyMismatchError(
+        f"{where} does not fit the model: {key} is {kinds[0]} in the file and {kinds[1]} in the model, which "
+        f"would change its values; build the model in {kinds[0]}, or cast the file's tensors to {kinds[1]} "
+        "where that is meant"
+    )
 
 
 def _not_held(
@@ -151,8 +165,6 @@ def _not_held(
         dtype = own[key].dtype
         if dtype == announced.dtype:
             continue
-        if dtype.is_floating_point and not announced.is_floating_point():
-            return key  # integers as weights are quantised, and complex numbers would lose a part
         value = read(key)
         back = value.to(dtype).to(value.dtype)
         if not torch.equal(

@@ -81,8 +81,10 @@ def convert_folder(
         The document; ``passed`` tells whether all are converted.
 
     Raises:
-        InputError: there is no checkpoint in the folder, or the output folder cannot be made.
+        InputError: there is no checkpoint in the folder, or the output folder is the same or cannot be made.
     """
+    if _same(folder, output):
+        raise InputError(f"{output} is the folder of the checkpoints itself; give another for what comes out")
     pairs = _pairs(folder, output)
     if not pairs:
         raise InputError(f"{folder} has no checkpoint in it (looked for {', '.join(_SUFFIXES)} and folders)")
@@ -195,17 +197,21 @@ class _Work:
 def _pairs(folder: Path, output: Path) -> list[tuple[Path, Path]]:
     """Each checkpoint and where it goes."""
     sources = sorted(_checkpoints(folder, output))
-    stems = Counter(source.with_suffix("") if source.is_file() else source for source in sources)
+    stems = Counter(map(_stem, sources))
     pairs = []
     for source in sources:
-        stem = source.with_suffix("") if source.is_file() else source
-        if source.name.endswith(_INDEX):
-            stem = source.with_name(source.name.removesuffix(_INDEX).removesuffix(".safetensors"))
-        elif stems[stem] > 1:  # a.pt and a.pth: both names in full
+        stem = _stem(source)
+        if stems[stem] > 1:  # a.pt and a.pth, or a file and its shards: all names in full
             stem = source
         relative = stem.relative_to(folder)
         pairs.append((source, output / relative.parent / f"{relative.name}.safetensors"))
     return pairs
+
+
+def _stem(source: Path) -> Path:
+    if source.name.endswith(_INDEX):
+        return source.with_name(source.name.removesuffix(_INDEX).removesuffix(".safetensors"))
+    return source if source.is_dir() else source.with_suffix("")
 
 
 def _checkpoints(folder: Path, output: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from renormify.errors import CheckpointError, one_line
-from renormify.pickles import is_archive, read_torch
+from renormify.pickles import is_archive, read_torch, stand_ins
 from renormify.sources import nearest
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "read_safetensors",
     "read_torch",
     "recognise",
+    "stand_ins",
 ]
 
 SAFETENSORS, TORCH, INDEX, DISTRIBUTED, PROGRAM = "safetensors", "torch", "index", "distributed", "program"
@@ -44,6 +46,9 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -84,6 +89,7 @@ class Contents:
         read: reads one tensor by its key, so that no more than one need be in memory.
         files: every file that is read.
         spans: where the values of tensors lie that a file holds as they are.
+        notes: what the user should know of how it was read, a sentence each.
     """
 
     tensors: Mapping[str, Any]
@@ -91,6 +97,7 @@ class Contents:
     files: tuple[Path, ...]
     read: Callable[[str], Tensor] | None = None
     spans: Mapping[str, Span] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def locate(path: Path) -> Path:
@@ -102,6 +109,8 @@ def locate(path: Path) -> Path:
         CheckpointError: it is a folder without a checkpoint in it, or with several.
     """
     try:
+        if path.name == ".metadata" and path.is_file():
+            return path.parent
         if not path.is_dir() or (path / ".metadata").is_file():
             return path
         for name in _IN_FOLDERS:
@@ -129,6 +138,8 @@ def recognise(path: Path) -> str:
         if path.is_dir():
             return DISTRIBUTED
         if not path.exists():
+            if path.is_symlink():
+                raise CheckpointError(f"{path} is a link to {os.readlink(path)}, which does not exist")
             near = nearest(path.name, _siblings(path), files=True)
             raise CheckpointError(f"no such file: {path}{near}")
         if not path.is_file():

@@ -64,12 +64,27 @@ def describe(loaded: Any) -> str:
     if isinstance(loaded, Tensor):
         return "a single tensor"
     if isinstance(loaded, Mapping):
-        # A key that is no text may be nested too deeply to be shown.
-        keys = ", ".join(
-            repr(key[:40]) if isinstance(key, str) else type(key).__name__ for key in list(loaded)[:5]
-        )
-        return f"the keys {keys}" if keys else "an empty mapping"
+        if any(isinstance(value, Tensor) for value in loaded.values()) and (odd := _odd_ones(loaded)):
+            return f"beside tensors {_shown(odd[0])}, of type {type(loaded[odd[0]]).__name__}"
+        keys = ", ".join(map(_shown, list(loaded)[:5]))
+        parts = [key for key, value in loaded.items() if _search(value, 0) and _shown(key) == repr(key)]
+        several = f"; state dicts are under {', '.join(parts[:5])}: add --key {parts[0]}" if parts else ""
+        return f"the keys {keys}{several}" if keys else "an empty mapping"
     return f"an object of type {type(loaded).__name__}"
+
+
+def _shown(key: Any) -> str:
+    # One that is no text may be nested too deeply to be shown.
+    return repr(key[:40]) if isinstance(key, str) else type(key).__name__
+
+
+def _odd_ones(loaded: Mapping[Any, Any]) -> list[Any]:
+    """The keys of what is in no state dict."""
+    return [
+        key
+        for key, value in loaded.items()
+        if not isinstance(key, str) or not (isinstance(value, Tensor) or key.endswith("_extra_state"))
+    ]
 
 
 def _search(loaded: Any, depth: int) -> tuple[Mapping[str, Any], tuple[str, ...]] | None:
@@ -81,7 +96,7 @@ def _search(loaded: Any, depth: int) -> tuple[Mapping[str, Any], tuple[str, ...]
         nested = loaded.get(name)
         if nested is not None and (found := _search(nested, depth + 1)) is not None:
             return found[0], (*_choice(loaded, name), *found[1])
-    maps = [value for value in loaded.values() if isinstance(value, Mapping)]
+    maps = [value for value in loaded.values() if isinstance(value, Mapping) and value]
     return _search(maps[0], depth + 1) if len(maps) == 1 else None
 
 
@@ -90,10 +105,8 @@ def _state_dict(loaded: Any) -> Mapping[str, Any] | None:
         return loaded.state_dict()
     if not isinstance(loaded, Mapping):
         return None
-    named = all(isinstance(key, str) for key in loaded)
-    tensors = sum(isinstance(value, Tensor) for value in loaded.values())
-    extra = sum(str(key).endswith("_extra_state") for key in loaded) if named else 0
-    return loaded if named and tensors and tensors + extra >= len(loaded) else None
+    tensors = any(isinstance(value, Tensor) for value in loaded.values())
+    return loaded if tensors and not _odd_ones(loaded) else None
 
 
 def _choice(loaded: Mapping[Any, Any], chosen: str) -> tuple[str, ...]:

@@ -39,6 +39,13 @@ def check_output(path: str | Path, *, force: bool = False, inputs: Iterable[str 
         OutputError: the folder is missing or not writable, the path is a folder, an input, or exists already.
     """
     path = Path(path)
+    try:
+        return _checked(path, force, inputs)
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _checked(path: Path, force: bool, inputs: Iterable[str | Path]) -> Path:
     folder = path.parent
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"

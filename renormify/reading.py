@@ -27,6 +27,7 @@ from renormify.formats import (
     read_safetensors,
     read_torch,
     recognise,
+    stand_ins,
 )
 from renormify.nests import describe, find_state_dict
 from renormify.shards import read_index
@@ -172,7 +173,7 @@ def load_checkpoint(
         stored=stored,
         spans=contents.spans,
         files=contents.files,
-        notes=notes,
+        notes=(*contents.notes, *notes),
     )
     return _take_prefix(checkpoint, prefix) if prefix else checkpoint
 
@@ -190,7 +191,10 @@ def _contents(path: Path, kind: str, trust_pickle: bool) -> Contents:
     if kind == PROGRAM:
         return read_program(path)
     loaded = read_torch(path, trust_pickle=trust_pickle)
-    return Contents(loaded, loaded.get(OUR_KEY) if isinstance(loaded, Mapping) else None, (path,))
+    ours = loaded.get(OUR_KEY) if isinstance(loaded, Mapping) else None
+    left = [] if trust_pickle else [name for _, name in stand_ins(path)]
+    note = f"not loaded, as it stands beside the weights: {', '.join(left)[:300]}"
+    return Contents(loaded, ours, (path,), notes=(note,) if left else ())
 
 
 def _take_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:

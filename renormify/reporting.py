@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from renormify import __version__
-from renormify.errors import InputError, MissingExtraError, one_line
+from renormify.errors import InputError, MissingExtraError, one_line, printable
 from renormify.reporting_diagnosis import describe_advice, describe_layers
 from renormify.reporting_onnx import describe_export, describe_parity
 from renormify.tables import LONG, Section, name_of, number_of, rows_of, text_of
@@ -86,17 +86,19 @@ def sections(document: Mapping[str, Any], *, full: bool = False) -> tuple[Sectio
         found.append(describe_parity(document["parity"], full))
     if document.get("diagnosis") is not None:
         found += [describe_advice(document["diagnosis"]), describe_layers(document["diagnosis"], full)]
+    if not found and document.get("reason"):
+        found.append(Section(str(document["command"]), str(document["reason"]), False))
     return tuple(found)
 
 
 def print_sections(console: Console, parts: Sequence[Section]) -> None:
-    """Prints sections to a terminal; names in brackets are text here, never markup."""
+    """Prints sections to a terminal; names are text here, never markup or what steers a terminal."""
     from rich.table import Table
     from rich.text import Text
 
     for part in parts:
         mark, style = {None: (" ", ""), True: (" ok ", "green"), False: (" FAILED ", "bold red")}[part.passed]
-        line = Text.assemble((part.title, "bold"), (mark, style), part.summary)
+        line = Text.assemble((part.title, "bold"), (mark, style), printable(part.summary))
         console.print(line, soft_wrap=True)
         if part.rows:
             table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 2))
@@ -104,10 +106,10 @@ def print_sections(console: Console, parts: Sequence[Section]) -> None:
                 numeric = all(_is_number(value) for value in values)
                 table.add_column(header, justify="right" if numeric else "left", overflow="fold")
             for row in part.rows:
-                table.add_row(*(Text(cell) for cell in row))
+                table.add_row(*(Text(printable(cell)) for cell in row))
             console.print(table)
         for note in part.notes:
-            console.print(Text(f"  {note}"), soft_wrap=True)
+            console.print(Text(f"  {printable(note)}"), soft_wrap=True)
 
 
 def html_page(parts: Sequence[Section], *, title: str = "renormify") -> str:

@@ -6,6 +6,7 @@ While a command works, nothing but it may come onto stdout, whatever a user's fa
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import typer
 
-from renormify.errors import InputError, RenormifyWarning, one_line
+from renormify import __version__
+from renormify.errors import InputError, RenormifyWarning, one_line, printable
+from renormify.terminal import console, file_lines, progress_bar, silent
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
     from renormify.folders import Outcome
     from renormify.subjects import Request
     from renormify.writers import Progress
@@ -27,12 +28,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Reading",
     "Session",
-    "console",
     "discard_unwritable",
     "fail",
+    "fail_as_json",
     "folder_session",
     "open_standard_streams",
-    "progress_bar",
     "quiet_warnings",
     "session_of",
 ]
@@ -97,7 +97,7 @@ class Session:
             parts = reporting.sections(document, full=True)
             page = reporting.html_page(parts, title=f"renormify {document['command']}")
             with staged(self._html, force=self._force) as target:
-                target.write_text(page, encoding="utf-8")
+                target.write_text(page, encoding="utf-8", errors="backslashreplace")
         self._finished = document
 
     def report(self, path: Path) -> None:
@@ -132,7 +132,7 @@ class Session:
         """Prints the result.
 
         Raises:
-            typer.Exit: with code 1 where the proof failed.
+            typer.Exit: with code 1 where the proof failed, or the document's own.
         """
         from renormify import reporting
 
@@ -148,10 +148,10 @@ class Session:
             reporting.print_sections(terminal, reporting.sections(document, full=self._full))
             for path in (None if self._reported else document.get("output"), self._html):
                 if path is not None:
-                    terminal.print(f"Wrote {path}", soft_wrap=True)
+                    terminal.print(printable(f"Wrote {path}"), soft_wrap=True)
         if not document["passed"] and not self._reported:
             consequence = "; nothing was written" if "output" in document else ""
-            raise typer.Exit(fail(f"{document['reason']}{consequence}", 1))
+            raise typer.Exit(fail(f"{document['reason']}{consequence}", document.get("exit_code", 1)))
 
 
 @contextlib.contextmanager
@@ -173,12 +173,12 @@ class FolderSession(Session):
     """The run of a command on many files, each told of as it is done."""
 
     def __init__(self, quiet: bool, as_json: bool, show: Callable[[str, int, int], None]) -> None:
-        super().__init__(as_json, None, False, False, quiet, _silent)
+        super().__init__(as_json, None, False, False, quiet, silent)
         self._show = show
 
     def tell(self, outcome: Outcome, done: int, total: int) -> None:
         """Prints one line for a file."""
-        self._show(_printable(outcome.line()), done, total)
+        self._show(outcome.line(), done, total)
 
 
 @contextlib.contextmanager
@@ -186,33 +186,10 @@ def folder_session(quiet: bool, as_json: bool) -> Iterator[FolderSession]:
     """The session of a command on many files; it is rendered when the block is left without an error."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_warnings())
-        show = stack.enter_context(_lines(quiet or as_json))
+        show = stack.enter_context(file_lines(quiet or as_json))
         session = FolderSession(quiet, as_json, show)
         yield session
     session.render()
-
-
-@contextlib.contextmanager
-def _lines(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    # The bar is on stdout, as the lines are, so that one makes room for the other.
-    if hidden:
-        yield lambda text, done, total: None
-        return
-    terminal = console()
-    if not sys.stdout.isatty():
-        yield lambda text, done, total: terminal.print(text, soft_wrap=True)
-        return
-    from rich import progress
-
-    columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
-    with progress.Progress(*columns, console=terminal, transient=True) as shown:
-        task = shown.add_task("", total=None)
-
-        def show(text: str, done: int, total: int) -> None:
-            terminal.print(text, soft_wrap=True)
-            shown.update(task, completed=done, total=total)
-
-        yield show
 
 
 @contextlib.contextmanager
@@ -237,8 +214,12 @@ def open_standard_streams() -> None:
             os.fstat(stream)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - for the rest of the process
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name may have characters that the encoding of stdout has not; stderr does so by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def discard_unwritable() -> None:
@@ -247,48 +228,6 @@ def discard_unwritable() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def progress_bar(hidden: bool) -> Iterator[Progress]:
-    """Shows what is being done, with rate and time left where that is known; nothing in a pipe."""
-    if hidden or not sys.stderr.isatty():
-        yield _silent
-        return
-    from rich import progress
-    from rich.console import Console
-    from rich.markup import escape
-
-    def measured(column: progress.ProgressColumn) -> progress.ProgressColumn:
-        # Of work without a measure there is nothing to show but that it goes on.
-        class Column(progress.ProgressColumn):
-            def render(self, task: progress.Task) -> RenderableType:
-                return column.render(task) if task.total else ""
-
-        return Column()
-
-    columns = (
-        progress.SpinnerColumn(),
-        progress.TextColumn("{task.description}"),
-        *map(measured, (progress.BarColumn(), progress.DownloadColumn(binary_units=True))),
-        *map(measured, (progress.TransferSpeedColumn(), progress.TimeRemainingColumn(compact=True))),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("Starting", total=None)
-        current = ""
-
-        def show(text: str, done: int = 0, total: int = 0) -> None:
-            nonlocal current
-            if text != current:
-                current = text
-                shown.reset(task, total=total or None, description=escape(text))
-            shown.update(task, completed=done, total=total or None)
-
-        yield show
-
-
-def _silent(text: str, done: int = 0, total: int = 0) -> None:
-    """Shows no progress."""
 
 
 @contextlib.contextmanager
@@ -310,19 +249,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"renormify: warning: {_printable(str(message))}", file=sys.stderr)
-
-
-def console() -> Console:
-    """A terminal on stdout, in which names are text and never markup."""
-    from rich.console import Console
-
-    class Plain(Console):
-        def on_broken_pipe(self) -> None:
-            raise typer.Exit(141)
-
-    # In a pipe there is no width to keep to, and a broken line is hard to search.
-    return Plain(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+    print(f"renormify: warning: {_on_one_line(str(message))}", file=sys.stderr)
 
 
 def _print(text: str) -> None:
@@ -334,10 +261,19 @@ def _print(text: str) -> None:
 
 def fail(message: str, code: int) -> int:
     """Prints the one line of an error, and returns the exit code."""
-    print(f"renormify: error: {_printable(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a stderr that takes nothing must not change the code
+        print(f"renormify: error: {_on_one_line(message)}", file=sys.stderr, flush=True)
     return code
 
 
-def _printable(message: str) -> str:
-    # One line; and a file's name may hold anything, but must not steer the terminal.
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+def fail_as_json(message: str, code: int, command: str | None) -> int:
+    """The same, with a document on stdout for whoever asked for one."""
+    from renormify import reporting
+
+    document = {"command": command, "renormify": __version__, "passed": False, "reason": message}
+    _print(reporting.to_json(document | {"exit_code": code}))
+    return fail(message, code)
+
+
+def _on_one_line(message: str) -> str:
+    return printable(" ".join(message.split()))

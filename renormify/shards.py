@@ -31,36 +31,34 @@ def read_index(path: Path, *, trust_pickle: bool = False) -> Contents:
     places = _places(path)
     shards = {name: path.parent / name for name in dict.fromkeys(places.values())}
     kinds = {name: recognise(shard) for name, shard in shards.items()}
-    files = (path, *shards.values())
-    if set(kinds.values()) == {SAFETENSORS}:
-        reader = _ShardReader(places, shards)
-        placeholders = reader.placeholders(path)
-        spans = {name: find_spans(shard) for name, shard in shards.items()}
-        held = {key: spans[name][key] for key, name in places.items()}
-        return Contents(placeholders, {}, files, reader, held)
-    tensors: dict[str, Any] = {}
-    for name, shard in shards.items():
-        held = read_torch(shard, trust_pickle=trust_pickle)
-        keys = [key for key, place in places.items() if place == name]
-        if not isinstance(held, Mapping):
-            raise CheckpointError(f"{shard} holds no state dict, but is of type {type(held).__name__}")
-        _check_held(path, keys, held, name)
-        tensors |= {key: held[key] for key in keys}
-    return Contents(tensors, {}, files)
+    reader = _ShardReader(places, shards, kinds, trust_pickle)
+    placeholders = reader.placeholders(path)
+    spans = {name: find_spans(shards[name]) for name, kind in kinds.items() if kind == SAFETENSORS}
+    held = {key: spans[name][key] for key, name in places.items() if name in spans}
+    return Contents(placeholders, {}, (path, *shards.values()), reader, held)
 
 
 class _ShardReader:
     """Reads tensors by their keys, with one shard open at a time: what it maps is let go with it."""
 
-    def __init__(self, places: Mapping[str, str], shards: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        places: Mapping[str, str],
+        shards: Mapping[str, Path],
+        kinds: Mapping[str, str],
+        trust_pickle: bool,
+    ) -> None:
         self._places = places
         self._shards = shards
+        self._kinds = kinds
+        self._trust_pickle = trust_pickle
         self._open: tuple[str, Any] | None = None
 
     def __call__(self, key: str) -> Tensor:
         name = self._places[key]
         try:
-            tensor: Tensor = self._file(name).get_tensor(key)
+            file = self._file(name)
+            tensor: Tensor = file[key] if isinstance(file, Mapping) else file.get_tensor(key)
         except CheckpointError:
             raise
         except Exception as error:  # the shard was replaced since its header was read
@@ -69,16 +67,20 @@ class _ShardReader:
             ) from error
         return tensor
 
-    def placeholders(self, index: Path) -> dict[str, Tensor]:
+    def placeholders(self, index: Path) -> dict[str, Any]:
         """A tensor without memory for each key, in the order of the shards."""
         return dict(self._placeholders(index))
 
-    def _placeholders(self, index: Path) -> Iterator[tuple[str, Tensor]]:
+    def _placeholders(self, index: Path) -> Iterator[tuple[str, Any]]:
         for name in self._shards:
             file = self._file(name)
             keys = [key for key, place in self._places.items() if place == name]
             _check_held(index, keys, dict.fromkeys(file.keys()), name)
             for key in keys:
+                if isinstance(file, Mapping):
+                    value = file[key]
+                    yield key, value.to("meta") if isinstance(value, Tensor) else value
+                    continue
                 part = file.get_slice(key)
                 kind = part.get_dtype()
                 if kind not in DTYPES:
@@ -89,15 +91,26 @@ class _ShardReader:
 
     def _file(self, name: str) -> Any:
         if self._open is None or self._open[0] != name:
-            from safetensors import safe_open
-
-            try:
-                self._open = name, safe_open(self._shards[name], framework="pt")
-            except Exception as error:
-                raise CheckpointError(
-                    f"{self._shards[name]} is a damaged or truncated safetensors file: {one_line(error)}"
-                ) from error
+            self._open = None  # first, so that two are never in memory
+            open_shard = self._open_safetensors if self._kinds[name] == SAFETENSORS else self._open_torch
+            self._open = name, open_shard(self._shards[name])
         return self._open[1]
+
+    def _open_safetensors(self, shard: Path) -> Any:
+        from safetensors import safe_open
+
+        try:
+            return safe_open(shard, framework="pt")
+        except Exception as error:
+            raise CheckpointError(
+                f"{shard} is a damaged or truncated safetensors file: {one_line(error)}"
+            ) from error
+
+    def _open_torch(self, shard: Path) -> Mapping[str, Any]:
+        held = read_torch(shard, trust_pickle=self._trust_pickle)
+        if not isinstance(held, Mapping):
+            raise CheckpointError(f"{shard} holds no state dict, but is of type {type(held).__name__}")
+        return held
 
 
 def _check_held(index: Path, keys: list[str], held: Mapping[Any, Any], name: str) -> None:

@@ -160,7 +160,9 @@ def load_subject(
     request.progress(f"Building {source}")
     if request.source is None and checkpoint is not None and (kwargs or config):
         # What a file says of a model must be what it holds, before memory is given to it.
-        check_weights(*_fitted(_build_without_memory(source, kwargs, config), checkpoint))
+        structure, stored = _fitted(_build_without_memory(source, kwargs, config), checkpoint)
+        check_weights(structure, stored)
+        _check_stored(stored)
     if structure_only:
         model = _build_without_memory(source, kwargs, config)
     else:
@@ -199,6 +201,18 @@ def available_memory() -> int | None:
         return None
 
 
+def _check_stored(checkpoint: Checkpoint) -> None:
+    # A tensor may be one number that is repeated without end: its shape says nothing of the file's size.
+    for key, value in checkpoint.items():
+        if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+            continue
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{checkpoint.path} names its model itself, but holds fewer values of {key[:80]!r} than its "
+                f"shape {tuple(value.shape)} has: where you trust it, add --model"
+            )
+
+
 def _fitted(model: nn.Module, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
     fitted = fit_keys(model, checkpoint)
     assert isinstance(fitted, Checkpoint)
@@ -226,7 +240,7 @@ def _load_program(request: Request, path: Path) -> Subject:
 
 def _beside_configuration(source: str) -> Path | None:
     folder = sources.folder_of(source)
-    if folder is None:
+    if folder is None or not folder.is_dir():  # building the model says so
         return None
     try:
         return locate(folder)

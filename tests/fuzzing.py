@@ -7,6 +7,7 @@ A process of its own does the work and is measured, so that a crash of a reader 
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import nn
@@ -42,6 +44,7 @@ def seeds() -> list[bytes]:
         (state, {}),
         ({"state_dict": state, "epoch": 3, "renormify": said}, {}),
         ({"model": {"module." + key: value for key, value in state.items()}}, {}),
+        ({"state_dict": state, "args": argparse.Namespace(lr=1), "best": np.float64(3.5)}, {}),
         (state, {"_use_new_zipfile_serialization": False}),
     ):
         file = io.BytesIO()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
 import json
 import os
 import pickle
 import random
+import sys
+import types
 import warnings
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -192,10 +197,89 @@ def test_a_pickled_module_is_refused_with_how_to_go_on(tmp_path, legacy):
         load_checkpoint(tmp_path / "whole.pth")
 
 
+class Config:
+    lr = 1
+
+
+class Settings(dict):
+    """As EasyDict and its like are."""
+
+
 def test_other_classes_in_a_checkpoint_are_named(tmp_path, state):
-    torch.save({"state_dict": state, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
-    with pytest.raises(UnsafeCheckpointError, match=r"argparse\.Namespace"):
+    torch.save({"state_dict": state, "args": Config()}, tmp_path / "a.pth")
+    with pytest.raises(UnsafeCheckpointError, match=r"test_checkpoints\.Config"):
         load_checkpoint(tmp_path / "a.pth")
+
+
+def beside(monkeypatch):
+    """What people's tools save beside the weights; the last two as if by packages that are not here."""
+    for owner, kind in (("addict", Config), ("easydict", Settings)):
+        monkeypatch.setitem(sys.modules, owner, types.SimpleNamespace(**{kind.__name__: kind}))
+        monkeypatch.setattr(kind, "__module__", owner)
+    return [
+        argparse.Namespace(lr=1, nested=argparse.Namespace(path=Path("a"))),
+        {"best": np.float64(3.5), "history": np.arange(3), "objects": np.array([{}], dtype=object)},
+        datetime.datetime.now(datetime.timezone.utc),
+        collections.defaultdict(list, a=[1]),
+        Config(),
+        Settings(a=1),
+    ]
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("number", range(6))
+def test_settings_beside_the_weights_are_left_out_and_never_made(
+    tmp_path, state, number, legacy, monkeypatch
+):
+    thing = beside(monkeypatch)[number]
+    torch.save(
+        {"x": thing, "state_dict": state, "y": thing},
+        tmp_path / "a.pth",
+        _use_new_zipfile_serialization=not legacy,
+    )
+    for name in ("addict", "easydict"):
+        monkeypatch.delitem(sys.modules, name)
+    found = load_checkpoint(tmp_path / "a.pth")
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    assert len(found.notes) == 1
+    assert "not loaded, as it stands beside the weights" in found.notes[0]
+
+
+def test_what_stands_beside_the_weights_may_not_be_a_disguise(tmp_path, state, monkeypatch):
+    # numpy has functions that run what they are given; none is looked up.
+    mark = tmp_path / "executed"
+    monkeypatch.setattr(Payload, "__reduce__", lambda self: (np.fromfile, (str(mark),)))
+    mark.write_text("x")
+    torch.save({"state_dict": state, "x": Payload(mark)}, tmp_path / "a.pth")
+    calls = []
+    monkeypatch.setattr(np, "fromfile", calls.append)
+    assert load_checkpoint(tmp_path / "a.pth").keys() == state.keys()
+    assert calls == []
+    torch.save({"x": np.float64(1)}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match=r"holds no state dict: it holds the keys 'x'"):
+        load_checkpoint(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_later_protocols_of_pickle_are_told_from_danger(tmp_path, state, protocol, legacy):
+    path = tmp_path / "a.pth"
+    torch.save(state, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UnsafeCheckpointError, match=f"is a pickle of protocol {protocol}, of which torch"):
+        load_checkpoint(path)
+    assert torch.equal(load_checkpoint(path, trust_pickle=True)["1.bias"], state["1.bias"])
+    # Names that the pickle repeats by reference are told right.
+    torch.save([Payload("x"), "system", Payload("x")], path, pickle_protocol=protocol)
+    with pytest.raises(UnsafeCheckpointError, match=r"\(posix\.system\)"):
+        load_checkpoint(path)
+
+
+def test_torchs_advice_on_switching_safety_off_is_not_repeated(tmp_path, state):
+    torch.save(state, tmp_path / "a.pth", pickle_protocol=1)
+    with pytest.raises(CheckpointError, match="not a checkpoint") as caught:
+        load_checkpoint(tmp_path / "a.pth")
+    assert "Unsupported operand" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
@@ -242,7 +326,11 @@ def test_files_that_are_no_checkpoints_are_told_what_they_are(tmp_path, content,
         ([torch.ones(3)], "type list"),
         ({}, "empty mapping"),
         ({"epoch": 1, "state_dict": {}}, "the keys 'epoch', 'state_dict'"),
-        ({"a": torch.ones(1), "lr": 0.1}, "the keys 'a', 'lr'"),
+        ({"a": torch.ones(1), "lr": 0.1}, "it holds beside tensors 'lr', of type float"),
+        (
+            {"G": {"a": torch.ones(1)}, "D": {"a": torch.ones(1)}},
+            "the keys 'G', 'D'; state dicts are under G, D: add --key G",
+        ),
     ],
 )
 def test_files_without_a_state_dict_say_what_they_hold(tmp_path, saved, words):

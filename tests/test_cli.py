@@ -289,10 +289,12 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch, command):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ending_the_process_while_it_writes_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_ending_the_process_while_it_writes_leaves_nothing_behind(tmp_path, name):
     code = (
         "import os, signal, torch, renormify.cli\n"
-        "torch.save = lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), signal.pause())\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, and not under nohup\n"
+        f"torch.save = lambda *a, **k: (os.kill(os.getpid(), signal.{name}), signal.pause())\n"
         "renormify.cli.main()\n"
     )
     command = ["convert", str(WEIGHTS), *MODEL, *SHAPE, "-o", str(tmp_path / "out.pt")]

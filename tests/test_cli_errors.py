@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -80,6 +82,7 @@ def folder(tmp_path, monkeypatch):
     torch.save([1, 2], "list.pth")
     Path("exists.safetensors").write_text("somebody's")
     Path("a_folder").mkdir()
+    Path("dangling.pth").symlink_to("nowhere")
     Path("text.onnx").write_text("this is no graph\n")
     yield folder
     assert not (tmp_path / "executed").exists()
@@ -208,6 +211,14 @@ CASES = [
         2,
         "0.weight is float32 in the file and float16 in the model",
     ),
+    (
+        "long name",
+        f"convert good.pth {NET} -o {'x' * 300}.pt",
+        2,
+        "x.pt: File name too long",
+    ),
+    ("no such folder", "inspect --model transformers:nope", 2, "--model transformers:nope: cannot read"),
+    ("a link", "inspect dangling.pth", 2, "dangling.pth is a link to nowhere, which does not exist"),
     ("html folder", f"convert good.pth {NET} {OUT} --html no/report.html", 2, "does not exist"),
 ]
 
@@ -220,11 +231,56 @@ def test_bad_input_is_one_line_and_changes_nothing(folder, command, code, words,
     before = snapshot(folder)
     result = CliRunner().invoke(app, command.split() + (["--json"] if as_json else []))
     assert result.exit_code == code, result.output
-    assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("renormify: error: ")
     assert words in result.stderr
+    if as_json:
+        document = json.loads(result.stdout)
+        assert (document["passed"], document["exit_code"]) == (False, code)
+        assert words in document["reason"]
+        assert document["command"] in (command.split()[0], None)
+    else:
+        assert result.stdout == ""
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("convrt",), ("convert", "--modle", "x"), ("fold",), ("report", "no.json")]
+)
+def test_usage_errors_are_a_document_too(arguments):
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    document = json.loads(result.stdout)
+    assert document["command"] == (arguments[0] if arguments and arguments[0] != "convrt" else None)
+    assert f"renormify: error: {document['reason']}\n" == result.stderr
+
+
+def test_every_command_is_quiet_and_has_json():
+    for name, command in typer.main.get_command(app).commands.items():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--quiet", "--json"} <= options, name
+
+
+def test_what_a_file_says_cannot_steer_the_terminal(folder):
+    said = {"model": "\x1b]0;title\x07\nname", "key\x1b[2J": "\x9b31m", "settings": {"a": "\x1b[31m"}}
+    save_file({"a": torch.ones(2)}, "said.safetensors", metadata={"renormify": json.dumps(said)})
+    shown = CliRunner().invoke(app, ["inspect", "said.safetensors"]).stdout
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert "model: \\x1b]0;title\\x07\\nname\n" in shown
+    assert json.loads(CliRunner().invoke(app, ["inspect", "said.safetensors", "--json"]).stdout)
+
+
+def test_a_name_that_is_no_text_is_read_and_shown_escaped(folder):
+    name = os.fsdecode(b"bad\xff.pth")
+    torch.save(torch.load("good.pth", weights_only=True), "ok.pth")
+    os.rename("ok.pth", name)
+    for encoding in ("utf-8", "ascii"):
+        result = run("inspect", name, PYTHONIOENCODING=encoding)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith("Checkpoint bad\\udcff.pth: ")
+    os.rename("good.pth", "☃.pth")
+    assert run("inspect", "☃.pth", PYTHONIOENCODING="latin-1").stdout.startswith("Checkpoint \\u2603.pth: ")
 
 
 def test_a_file_name_cannot_steer_the_terminal(folder):

@@ -108,7 +108,7 @@ def test_a_process_that_is_killed_is_one_failed_file(folder):
     torch.save(state(), "in/a.pth")
     Path("die").touch()
     result = invoke("convert", "in", *NET, "-o", "out", code=1)
-    assert "failed a.pth: its process ended with -9" in result.stdout
+    assert "failed       a.pth: its process ended with -9" in result.stdout
     assert os.listdir("out") == []
 
 
@@ -117,6 +117,31 @@ def test_an_empty_folder_is_an_error(folder):
     assert "has no checkpoint in it" in invoke("convert", "in", *NET, "-o", "out", code=2).stderr
     assert "give -o a folder" in invoke("convert", "in", *NET, "-o", "out.pt", code=2).stderr
     assert "for one file" in invoke("convert", "in", *NET, "-o", "out", "--html", "a.html", code=2).stderr
+
+
+def test_the_folder_itself_is_no_place_for_what_comes_out(folder):
+    Path("in").mkdir()
+    torch.save(state(), "in/a.pth")
+    assert (
+        "the folder of the checkpoints itself"
+        in invoke("convert", "in", *NET, "-o", "./in/../in", code=2).stderr
+    )
+    assert os.listdir("in") == ["a.pth"]
+
+
+def test_no_two_files_go_to_one_place(tmp_path):
+    from renormify.folders import _pairs
+
+    for name in ("a.pt", "a.pth", "model.safetensors", "model.safetensors.index.json", "b.bin"):
+        (tmp_path / name).write_text("{}")
+    targets = {source.name: target.name for source, target in _pairs(tmp_path, tmp_path / "out")}
+    assert targets == {
+        "a.pt": "a.pt.safetensors",
+        "a.pth": "a.pth.safetensors",
+        "b.bin": "b.safetensors",
+        "model.safetensors": "model.safetensors.safetensors",
+        "model.safetensors.index.json": "model.safetensors.index.json.safetensors",
+    }
 
 
 def test_keywords_go_to_the_factory_and_into_the_file(folder):
@@ -227,8 +252,9 @@ def test_a_terminal_shows_progress_and_colours_unless_told_otherwise(folder):
     assert terminal(*given, "--quiet") == ""
 
 
-def test_help_comes_at_once():
-    command = [sys.executable, "-m", "renormify", "--help"]
+@pytest.mark.parametrize("arguments", [("--help",), ("convert", "--help")], ids=" ".join)
+def test_help_comes_at_once(arguments):
+    command = [sys.executable, "-m", "renormify", *arguments]
     environment = os.environ | {"PYTHONPATH": str(PACKAGE)}
 
     def seconds():

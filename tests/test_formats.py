@@ -166,6 +166,93 @@ def test_shards_are_never_all_in_memory(tmp_path, trained, monkeypatch):
     assert len(set(opened.values())) == 3
 
 
+@pytest.mark.parametrize("proof", ["--proof", "--no-proof"])
+def test_shards_of_torch_are_streamed_and_may_stand_beside_others(tmp_path, trained, proof):
+    state = trained.state_dict()
+    folder = shards(state, tmp_path / "hf", "bin")
+    index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
+    other = next(iter(index["weight_map"].values()))
+    save_file(torch.load(folder / other, weights_only=True), folder / "other.safetensors")
+    index["weight_map"] = {
+        key: "other.safetensors" if name == other else name for key, name in index["weight_map"].items()
+    }
+    (folder / other).unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    checkpoint = load_checkpoint(folder, stream=True)
+    assert checkpoint.streamed
+    assert all(value.is_meta for value in checkpoint.values())
+    invoke("convert", folder, *MODEL, proof, "-o", tmp_path / "a.safetensors")
+    written = load_file(tmp_path / "a.safetensors")
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[key], value) for key, value in state.items())
+
+
+class Extra(nn.Linear):
+    """A module with a state of its own, which is no tensor."""
+
+    said = 0
+
+    def get_extra_state(self):
+        return {"said": self.said}
+
+    def set_extra_state(self, state):
+        self.said = state["said"]
+
+
+def test_a_modules_own_state_is_taken_from_shards_too(tmp_path):
+    model = Extra(2, 2)
+    model.said = 7
+    other = load_weights(
+        Extra(2, 2), load_checkpoint(shards(model.state_dict(), tmp_path / "a", "bin"), stream=True)
+    )
+    assert other.said == 7
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_what_is_written_from_memory_must_fit_in_it(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr("renormify.commands.available_memory", lambda: 2**20)
+    path = shards(trained.state_dict(), tmp_path / "hf")
+    refused = invoke("convert", path, *MODEL, "-o", tmp_path / "a.pt", code=2)
+    assert "it is written from memory" in refused.stderr
+    assert "give .safetensors" in refused.stderr
+
+
+def test_complex_weights_of_a_real_model_are_refused_without_the_proof_too(tmp_path, trained):
+    state = trained.state_dict() | {"classifier.1.bias": torch.ones(1000, dtype=torch.complex64)}
+    torch.save(state, tmp_path / "a.pth")
+    for proof in ("--proof", "--no-proof"):
+        refused = invoke("convert", tmp_path / "a.pth", *MODEL, proof, "-o", tmp_path / "b.pt", code=2)
+        assert "classifier.1.bias is complex64 in the file and float32 in the model" in refused.stderr
+
+
+def test_a_file_cannot_have_a_model_built_that_it_does_not_hold(tmp_path, trained):
+    state = trained.state_dict()
+    state["classifier.1.weight"] = torch.zeros(1).expand(10**7, 1280)
+    state["classifier.1.bias"] = torch.zeros(1).expand(10**7)
+    said = {"model": "torchvision:mobilenet_v2", "kwargs": {"num_classes": 10**7}}
+    torch.save({"state_dict": state, "renormify": said}, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_size < 2**24
+    refused = invoke("export", tmp_path / "a.pt", "-o", tmp_path / "a.onnx", code=2)
+    assert "holds fewer values of 'classifier.1.weight' than its shape (10000000, 1280) has" in refused.stderr
+    # What it says of itself is told all the same.
+    shown = invoke("inspect", tmp_path / "a.pt", code=2)
+    assert "model: torchvision:mobilenet_v2" in shown.stdout
+    assert shown.stderr.count("\n") == 1
+
+
+def test_the_metadata_file_of_a_distributed_checkpoint_means_its_folder(tmp_path, trained):
+    folder = distributed(trained.state_dict(), tmp_path / "dcp")
+    assert load_checkpoint(folder / ".metadata").keys() == trained.state_dict().keys()
+
+
+def test_every_dtype_that_safetensors_has_is_written(tmp_path):
+    kinds = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+    state = {str(kind): torch.ones(3).to(kind) for kind in kinds}
+    save_checkpoint(tmp_path / "a.safetensors", state)
+    held = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(held[key].view(torch.uint8), state[key].view(torch.uint8)) for key in state)
+
+
 def test_parts_of_a_distributed_tensor_are_put_together(tmp_path):
     # As several processes write one tensor: each part in a file of its own, rows and columns.
     from torch.distributed.checkpoint import metadata as md

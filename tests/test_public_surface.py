@@ -126,7 +126,7 @@ def test_every_exception_is_exported_and_drawn_in_the_tree() -> None:
         for name, value in vars(errors).items()
         if inspect.isclass(value) and issubclass(value, BaseException)
     }
-    assert {*defined, "one_line"} == set(errors.__all__)
+    assert {*defined, "one_line", "printable"} == set(errors.__all__)
     assert errors.__doc__ is not None
     lines = errors.__doc__.splitlines()
     for name, value in defined.items():
