@@ -1,0 +1,126 @@
+"""Does the runs that are not done yet, and writes tables and pictures of all.
+
+Stopped at any moment, it goes on where it was. Run ``make paper``, or ``make paper QUICK=1`` for a look in
+five minutes, whose results are kept apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, each of which does one run
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from paper.data import FOLDER, missing
+from paper.pictures import draw
+from paper.records import Records, machine
+from paper.settings import FULL, QUICK, Run, Study
+from paper.tables import fill, sections
+from paper.training import perform
+
+HERE = Path(__file__).parent
+PARTS = ("main", "ablation", "finetuning")
+
+
+def main() -> int:
+    options = _options()
+    console = Console()
+    if options.data_missing and not options.tables:
+        console.print(options.data_missing, style="red", markup=False, soft_wrap=True)
+        return 2
+    study = QUICK if options.quick else FULL
+    options.output.mkdir(parents=True, exist_ok=True)
+    records = Records(options.output / "results.jsonl")
+    if not options.tables:
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            for part in options.only:
+                for title, runs in phases(study, part, records):
+                    _do(title, runs, records, pool, options.data, console)
+    found = sections(study, records.results, options.output / "bench.json")
+    for name, table in found.items():
+        console.print(f"\n{name}", style="bold")
+        console.print(table, markup=False, soft_wrap=True)
+    draw(study, records.results, options.output)
+    readme = options.output / "README.md"
+    readme.write_text(fill(readme.read_text() if readme.exists() else "", found))
+    console.print(f"\nTables, pictures and results are in {options.output}", soft_wrap=True)
+    return 0
+
+
+def phases(study: Study, part: str, records: Records) -> Iterator[tuple[str, list[Run]]]:
+    """What is to be run, each phase decided when those before it are done."""
+    if part == "ablation":
+        for arm in study.ablated:
+            yield f"settings of {arm}", study.arm(arm).tuning()
+        yield "ablation", [run for _, _, runs in study.ablation(records.results) for run in runs]
+        return
+    arms = study.main if part == "main" else study.finetuning
+    yield f"settings of {part}", [run for arm in arms for run in arm.tuning()]
+    seeds = study.seeds if part == "main" else study.few_seeds
+    for seed in range(seeds):  # seed by seed, so that a study in parts has all arms
+        yield f"{part}, seed {seed}", [arm.finals(records.results, seeds)[seed] for arm in arms]
+
+
+def _do(
+    title: str,
+    runs: Iterable[Run],
+    records: Records,
+    pool: ProcessPoolExecutor,
+    data: Path,
+    console: Console,
+) -> None:
+    due = {run.key(): run for run in runs if run.key() not in records.results}
+    where = machine()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(title, total=len(due))
+        futures = {pool.submit(functools.partial(perform, run, data)): run for run in due.values()}
+        try:
+            for future in as_completed(futures):
+                records.add(futures[future], future.result(), where)
+                progress.advance(bar)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="short runs of some arms, in five minutes")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part of the study; default: all")
+    parser.add_argument("--tables", action="store_true", help="no runs: tables and pictures of what is there")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="folder of Fashion-MNIST's four files")
+    parser.add_argument("--output", type=Path, help="where results are kept; default: beside this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a core each")
+    options = parser.parse_args()
+    options.only = options.only or list(PARTS)
+    options.output = options.output or (Path("paper-quick") if options.quick else HERE)
+    options.data_missing = missing(options.data)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""How a trained network does: in evaluation mode, by batch statistics, recalibrated, and in onnxruntime."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from paper.data import Images, Sampler
+from paper.networks import for_deployment
+from paper.settings import Run
+from renormify import recalibrate
+from renormify.onnx import export_onnx
+
+CHUNK = 250
+FLOAT_NOISE = 1e-4
+"""Two logits that lie closer than this, relative to the largest, are a tie."""
+
+
+def accuracy(model: nn.Module, images: Images) -> float:
+    """In evaluation mode, a fraction."""
+    return float((logits(model, images).argmax(1) == images.labels).float().mean())
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Images) -> Tensor:
+    """In evaluation mode, :math:`(N, 10)`."""
+    model.eval()
+    starts = range(0, len(images), CHUNK)
+    return torch.cat([model(images.at(slice(start, start + CHUNK))[0]) for start in starts])
+
+
+def tested(model: nn.Module, run: Run, test: Images, unlabelled: list[Tensor]) -> dict[str, Any]:
+    """What the test images say of a trained model.
+
+    Returns:
+        ``test``, the accuracy in evaluation mode; of networks whose norm depends on the batch also
+        ``test_by_batch``, with every microbatch normalised as in training, drawn from as many labels, and
+        ``test_recalibrated``, with running statistics counted anew on training images; of Batch Renorm with
+        seed 0 ``onnx``, how the exported file classifies.
+    """
+    result: dict[str, Any] = {"test": accuracy(model, test)}
+    if run.norm in ("bn", "br"):
+        result["test_by_batch"] = _by_batch(model, run, test)
+        if run.network == "plain":
+            result["test_recalibrated"] = _recalibrated(model, test, unlabelled)
+    if run.norm == "br" and run.seed == 0:
+        result["onnx"] = _exported(model, test)
+    return result
+
+
+@torch.no_grad()
+def _by_batch(model: nn.Module, run: Run, test: Images) -> float:
+    """In training mode, each microbatch by itself; the running statistics are put back."""
+    state = copy.deepcopy(model.state_dict())
+    sampler = Sampler(test.labels, run.microbatch, run.labels, seed=0)
+    model.train()
+    right = []
+    for _ in range(len(test) // run.batch):
+        images, labels = test.at(sampler.step(run.batch))
+        right.append(model(images).argmax(1) == labels)
+        model.load_state_dict(state)
+    return float(torch.cat(right).float().mean())
+
+
+def _recalibrated(model: nn.Module, test: Images, unlabelled: list[Tensor]) -> float:
+    plain = for_deployment(model)
+    recalibrate(plain, unlabelled)
+    return accuracy(plain, test)
+
+
+def _exported(model: nn.Module, test: Images) -> dict[str, Any]:
+    """How many test images the exported file puts where torch does, and how the others are explained."""
+    import onnxruntime
+
+    plain = for_deployment(model)
+    expected = logits(plain, test)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(plain, (test.at(slice(2))[0],), path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    chunks = [test.at(slice(start, start + CHUNK))[0].numpy() for start in range(0, len(test), CHUNK)]
+    found = torch.tensor(np.concatenate([session.run(None, {name: chunk})[0] for chunk in chunks]))
+    differ = (found.argmax(1) != expected.argmax(1)).nonzero().squeeze(1)
+    best = expected[differ].topk(2).values
+    ties = (best[:, 0] - best[:, 1]) <= FLOAT_NOISE * expected.abs().max()
+    return {
+        "images": len(test),
+        "same": len(test) - len(differ),
+        "ties": int(ties.sum()),
+        "largest_difference": float((found - expected).abs().max()),
+    }

@@ -1,0 +1,197 @@
+"""The pictures, from the results alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paper.intervals import Mean, difference, mean
+from paper.records import Result
+from paper.settings import LABELS, Arm, Study, finetune_name, scratch_name
+from paper.tables import NAMES, NETWORKS, Results, finals, values
+
+COLOURS = {"bn": "#b5443c", "br": "#2f6db3", "frozen": "#8a8a8a", "gn": "#c79a2a"}
+STYLE = {
+    "svg.hashsalt": "renormify",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+}
+
+
+def draw(study: Study, results: Results, folder: Path) -> list[Path]:
+    """Writes each picture whose runs are there, as SVG.
+
+    Returns:
+        The files written.
+    """
+    pictures: dict[str, Callable[[Study, Results], Figure | None]] = {
+        "microbatch": microbatch,
+        "biased": biased,
+        "ablation": ablation,
+        "finetuning": finetuning,
+    }
+    written = []
+    with mpl.rc_context(STYLE):
+        for name, picture in pictures.items():
+            figure = picture(study, results)
+            if figure is not None:
+                path = folder / f"{name}.svg"
+                figure.savefig(path, metadata={"Date": None, "Creator": None})
+                written.append(path)
+    return written
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def _found(study: Study, arm: Arm, results: Results) -> list[Result] | None:
+    return finals(arm, results, study.seeds if arm in study.main else study.few_seeds)
+
+
+def _errors(points: Sequence[Mean]) -> list[float]:
+    return [0.0 if point.half != point.half else 100 * point.half for point in points]
+
+
+def microbatch(study: Study, results: Results) -> Figure | None:
+    """Left: accuracy by microbatch; right: how it rises at microbatch 2."""
+    sizes = (32, 4, 2)
+    found = {
+        (norm, size): _found(study, study.arm(scratch_name(norm, size)), results)
+        for norm in ("bn", "br")
+        for size in sizes
+    }
+    if None in found.values():
+        return None
+    figure, (left, right) = _figure(8, 3.2, 2)
+    for norm in ("bn", "br"):
+        points = [mean(values(found[norm, size])) for size in sizes]
+        left.errorbar(
+            range(len(sizes)),
+            [100 * point.value for point in points],
+            _errors(points),
+            marker="o",
+            capsize=3,
+            color=COLOURS[norm],
+            label=NAMES[norm],
+        )
+        for size, line in ((32, "--"), (2, "-")):
+            curves = [result["curve"] for result in found[norm, size]]
+            steps = [step for step, _ in curves[0]]
+            heights = [
+                100 * statistics.fmean(accuracy for _, accuracy in points)
+                for points in zip(*curves, strict=True)
+            ]
+            right.plot(steps, heights, line, color=COLOURS[norm], label=f"{NAMES[norm]}, {size}")
+    left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    left.set(xlabel="microbatch", ylabel="test accuracy, %")
+    right.set(xlabel="step", ylabel="validation accuracy, %", ylim=(60, None))
+    left.legend()
+    right.legend()
+    return figure
+
+
+def biased(study: Study, results: Results) -> Figure | None:
+    """Accuracy by batch statistics and by running ones, for microbatches of all, two, and one label."""
+    drawn = (LABELS, 2, 1)
+    found = {
+        (norm, labels): _found(study, study.arm(scratch_name(norm, 32, labels)), results)
+        for norm in ("bn", "br")
+        for labels in drawn
+    }
+    if None in found.values():
+        return None
+    figure, axes = _figure(8, 3, 2)
+    for norm, axis in zip(("bn", "br"), axes, strict=True):
+        for offset, (key, label, alpha) in enumerate(
+            (("test_by_batch", "by batch statistics", 0.4), ("test", "by running statistics", 1.0))
+        ):
+            points = [mean(values(found[norm, labels], key)) for labels in drawn]
+            axis.bar(
+                [place + 0.36 * offset for place in range(len(drawn))],
+                [100 * point.value for point in points],
+                0.34,
+                yerr=_errors(points),
+                color=COLOURS[norm],
+                alpha=alpha,
+                label=label,
+            )
+        axis.set_xticks([place + 0.18 for place in range(len(drawn))], ["all labels", "2 labels", "1 label"])
+        axis.set(title=NAMES[norm], ylabel="test accuracy, %", ylim=(0, 100))
+        axis.legend(loc="lower left")
+    return figure
+
+
+def ablation(study: Study, results: Results) -> Figure | None:
+    """What each variant changes."""
+    if any(run.key() not in results for name in study.ablated for run in study.arm(name).tuning()):
+        return None
+    cells = list(study.ablation(results))
+    if any(run.key() not in results for _, _, runs in cells for run in runs):
+        return None
+    figure, axes = _figure(8, 3.6, len(study.ablated))
+    for name, axis in zip(study.ablated, axes, strict=True):
+        accuracies = {
+            v: [results[run.key()]["test"] for run in runs] for arm, v, runs in cells if arm == name
+        }
+        base = next(iter(accuracies.values()))
+        points = [difference(found, base) for found in accuracies.values()]
+        places = range(len(points), 0, -1)
+        axis.errorbar(
+            [100 * point.value for point in points],
+            places,
+            xerr=_errors(points),
+            fmt="o",
+            color=COLOURS["br"],
+            capsize=2,
+        )
+        axis.set_yticks(places, list(accuracies) if axis is axes[0] else [""] * len(points))
+        axis.axvline(0, color="#555555", linewidth=0.8)
+        axis.set(title=name.replace("br, ", ""), xlabel="points of accuracy")
+    return figure
+
+
+def finetuning(study: Study, results: Results) -> Figure | None:
+    """Accuracy of each way to fine-tune, by network and kind of microbatch."""
+    bases = [arm.base for arm in study.finetuning]
+    cells = list(dict.fromkeys((base.network, base.microbatch, base.labels) for base in bases))
+    ways = list(dict.fromkeys((base.norm, base.recalibrate) for base in bases))
+    figure, (axis,) = _figure(8, 3.6)
+    for place, (norm, recalibrate) in enumerate(ways):
+        found = [
+            _found(study, study.arm(finetune_name(*cell[:1], norm, *cell[1:], recalibrate)), results)
+            for cell in cells
+        ]
+        if None in found:
+            return None
+        points = [mean(values(one)) for one in found]
+        axis.errorbar(
+            [cell + 0.09 * (place - len(ways) / 2) for cell in range(len(cells))],
+            [100 * point.value for point in points],
+            _errors(points),
+            fmt="o" if recalibrate else "s",
+            color=COLOURS[norm],
+            markerfacecolor=COLOURS[norm] if recalibrate else "white",
+            capsize=2,
+            label=NAMES[norm] + (", recalibrated first" if recalibrate else ""),
+        )
+    drawn = {LABELS: "shuffled", 1: "one label"}
+    axis.set_xticks(
+        range(len(cells)), [f"{NETWORKS[n]}\n{size}, {drawn[labels]}" for n, size, labels in cells]
+    )
+    axis.set(ylabel="test accuracy, %")
+    axis.legend(ncols=2, fontsize=8)
+    return figure

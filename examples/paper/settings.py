@@ -1,0 +1,239 @@
+"""What one run is, and the runs that the study consists of."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+PROTOCOL = 1
+"""Goes up when the way a run is done changes, so that results of the former way no longer count."""
+
+LABELS = 10
+TUNING_SEED = 1000
+UNBOUNDED = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training, whole and reproducible: the same settings give the same result on the same machine.
+
+    Attributes:
+        network: "plain" is trained from scratch; "efficientnet_lite0" and "mobilenet_v2" are fine-tuned.
+        norm: "bn" and "br" are BatchNorm and Batch Renorm; "frozen" is BatchNorm that keeps its pretrained
+            statistics; "gn" is GroupNorm in its place.
+        microbatch: images that are normalised together.
+        labels: how many of the ten labels a microbatch is drawn from; 10 means i.i.d.
+        batch: images of an optimisation step, over whose microbatches gradients are averaged.
+        steps: of the optimiser.
+        lr: its learning rate at the peak; a cosine leads it to 0.
+        momentum: of the running statistics.
+        r_max: the final limit of r.
+        d_max: the final limit of d.
+        ramp: whether the limits rise as in the paper, or are there from the start.
+        stat: what Batch Renorm averages, "sigma" or "var".
+        recalibrate: whether the running statistics are first counted on unlabelled training images.
+        seed: of the weights and of the order of the images.
+        test: how many of the 10,000 test images are used; 0 for runs that choose settings.
+        protocol: :data:`PROTOCOL`.
+    """
+
+    network: str
+    norm: str
+    microbatch: int
+    labels: int = LABELS
+    batch: int
+    steps: int
+    lr: float
+    momentum: float
+    r_max: float = 3.0
+    d_max: float = 5.0
+    ramp: bool = True
+    stat: str = "sigma"
+    recalibrate: bool = False
+    seed: int = 0
+    test: int = 10_000
+    protocol: int = PROTOCOL
+
+    def key(self) -> str:
+        """The settings in one line, the same for equal ones."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Run:
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: runs that differ in their seed alone, and the settings to choose for them.
+
+    Args:
+        name: in the tables.
+        base: without a choice made.
+        grid: values of fields of :class:`Run`, each combination of which is tried once on the validation
+            images. Every arm of a comparison has as many combinations.
+    """
+
+    name: str
+    base: Run
+    grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def tuning(self) -> list[Run]:
+        """The runs that the choice is made from."""
+        if not self.grid:
+            return []
+        points = itertools.product(*self.grid.values())
+        choices = (dict(zip(self.grid, point, strict=True)) for point in points)
+        return [replace(self.base, **choice, seed=TUNING_SEED, test=0) for choice in choices]
+
+    def chosen(self, results: Mapping[str, Mapping[str, Any]]) -> Run:
+        """The combination with the best validation accuracy, the first among equals."""
+        tried = self.tuning()
+        if not tried:
+            return self.base
+        best = max(tried, key=lambda run: results[run.key()]["validation"])
+        return replace(self.base, **{name: getattr(best, name) for name in self.grid})
+
+    def finals(self, results: Mapping[str, Mapping[str, Any]], seeds: int) -> list[Run]:
+        """The runs whose test accuracy is reported."""
+        return [replace(self.chosen(results), seed=seed) for seed in range(seeds)]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All arms, by finding.
+
+    Attributes:
+        main: findings 1 to 4.
+        ablation: from the arm named first, with its choice of learning rate and momentum.
+        finetuning: finding 7.
+        seeds: of the main arms.
+        few_seeds: of the ablation and of the fine-tuning.
+    """
+
+    main: tuple[Arm, ...]
+    ablated: tuple[str, ...]
+    variants: Mapping[str, Mapping[str, Any]]
+    finetuning: tuple[Arm, ...]
+    seeds: int
+    few_seeds: int
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in (*self.main, *self.finetuning) if arm.name == name)
+
+    def ablation(self, results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, list[Run]]]:
+        """Arm, variant, and its runs."""
+        for name in self.ablated:
+            chosen = self.arm(name).chosen(results)
+            for variant, changes in self.variants.items():
+                changed = replace(chosen, **changes)
+                yield name, variant, [replace(changed, seed=seed) for seed in range(self.few_seeds)]
+
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "as in the paper": {},
+    "r alone": {"d_max": 0.0},
+    "d alone": {"r_max": 1.0},
+    "limits 1.5 and 2.5": {"r_max": 1.5, "d_max": 2.5},
+    "unbounded": {"r_max": UNBOUNDED, "d_max": UNBOUNDED},
+    "momentum 0.1": {"momentum": 0.1},
+    "momentum 0.01": {"momentum": 0.01},
+    "momentum 0.001": {"momentum": 0.001},
+    "average of the variance": {"stat": "var"},
+    "no ramp": {"ramp": False},
+    "recalibrated first": {"recalibrate": True},
+    "no ramp, recalibrated first": {"ramp": False, "recalibrate": True},
+}
+
+
+def scratch_name(norm: str, microbatch: int, labels: int = LABELS) -> str:
+    drawn = "" if labels == LABELS else ", one label" if labels == 1 else f", {labels} labels"
+    return f"{norm}, microbatch {microbatch}{drawn}"
+
+
+def finetune_name(network: str, norm: str, microbatch: int, labels: int, recalibrate: bool) -> str:
+    drawn = "shuffled" if labels == LABELS else "one label"
+    first = ", recalibrated" if recalibrate else ""
+    return f"{network}: {norm}{first}, microbatch {microbatch}, {drawn}"
+
+
+SCRATCH = Run(network="plain", norm="bn", microbatch=32, batch=256, steps=400, lr=0.2, momentum=0.1)
+CELLS = ((32, LABELS), (4, LABELS), (2, LABELS), (32, 2), (32, 1))
+
+FINETUNE = Run(
+    network="efficientnet_lite0",
+    norm="bn",
+    microbatch=2,
+    batch=32,
+    steps=200,
+    lr=1e-3,
+    momentum=0.01,
+    ramp=False,
+)
+ARMS = (
+    ("bn", False),
+    ("bn", True),
+    ("frozen", False),
+    ("frozen", True),
+    ("gn", False),
+    ("br", False),
+    ("br", True),
+)
+MOVING = {"lr": (5e-4, 2e-3), "momentum": (0.01, 0.003)}
+FIXED = {"lr": (2.5e-4, 5e-4, 1e-3, 2e-3)}
+
+
+def _scratch(run: Run, grid: Mapping[str, Sequence[float]]) -> tuple[Arm, ...]:
+    return tuple(
+        Arm(
+            scratch_name(norm, microbatch, labels),
+            replace(run, norm=norm, microbatch=microbatch, labels=labels),
+            grid,
+        )
+        for microbatch, labels in CELLS
+        for norm in ("bn", "br")
+    )
+
+
+def _finetune(run: Run, networks: Sequence[str], microbatches: Sequence[int], tuned: bool) -> Iterator[Arm]:
+    for network, microbatch, labels in itertools.product(networks, microbatches, (LABELS, 1)):
+        for norm, recalibrate in ARMS:
+            yield Arm(
+                finetune_name(network, norm, microbatch, labels, recalibrate),
+                replace(
+                    run,
+                    network=network,
+                    norm=norm,
+                    microbatch=microbatch,
+                    labels=labels,
+                    recalibrate=recalibrate,
+                ),
+                (MOVING if norm in ("bn", "br") else FIXED) if tuned else {},
+            )
+
+
+FULL = Study(
+    main=_scratch(SCRATCH, {"lr": (0.05, 0.1, 0.2), "momentum": (0.1, 0.03)}),
+    ablated=(scratch_name("br", 2), scratch_name("br", 32, 2)),
+    variants=VARIANTS,
+    finetuning=(
+        *_finetune(FINETUNE, ("efficientnet_lite0",), (2, 8), tuned=True),
+        *_finetune(FINETUNE, ("mobilenet_v2",), (2,), tuned=False),
+    ),
+    seeds=5,
+    few_seeds=3,
+)
+
+QUICK = Study(
+    main=_scratch(replace(SCRATCH, steps=40, test=2_000), {}),
+    ablated=(scratch_name("br", 32, 2),),
+    variants={name: VARIANTS[name] for name in ("as in the paper", "no ramp")},
+    finetuning=tuple(
+        _finetune(replace(FINETUNE, steps=10, test=500), ("efficientnet_lite0",), (2,), tuned=False)
+    ),
+    seeds=2,
+    few_seeds=1,
+)

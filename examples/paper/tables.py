@@ -1,0 +1,271 @@
+"""The tables, from the results alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from paper.intervals import difference, mean, p_text, p_value
+from paper.records import Result
+from paper.settings import LABELS, Arm, Study, finetune_name, scratch_name
+
+Results = Mapping[str, Result]
+NAMES = {
+    "bn": "BatchNorm",
+    "br": "Batch Renorm",
+    "frozen": "BatchNorm, frozen",
+    "gn": "GroupNorm",
+}
+NETWORKS = {"efficientnet_lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2"}
+NONE = "to be run"
+BENCH = "python tests/bench/bench_layers.py --only layers,models --json examples/paper/bench.json"
+
+
+def sections(study: Study, results: Results, bench: Path | None = None) -> dict[str, str]:
+    """Each table by its name, in Markdown; what has not been run says so."""
+    return {
+        "microbatch": microbatch(study, results),
+        "biased": biased(study, results),
+        "overfitting": overfitting(study, results),
+        "cost": cost(bench),
+        "ablation": ablation(study, results),
+        "finetuning": finetuning(study, results),
+        "deployment": deployment(study, results),
+        "settings": settings(study, results),
+    }
+
+
+def fill(text: str, found: Mapping[str, str]) -> str:
+    """Puts each table between its marks; a text without marks gets all of them at its end."""
+    for name, table in found.items():
+        marked = f"<!-- {name} -->\n\n{table}\n\n<!-- end of {name} -->"
+        pattern = rf"<!-- {name} -->.*?<!-- end of {name} -->"
+        if re.search(pattern, text, re.DOTALL):
+            text = re.sub(pattern, lambda _, marked=marked: marked, text, flags=re.DOTALL)
+        else:
+            text += f"\n## {name}\n\n{marked}\n"
+    return text
+
+
+def finals(arm: Arm, results: Results, seeds: int) -> list[Result] | None:
+    """An arm's results by seed, as many seeds as all have; None where a run is missing."""
+    if any(run.key() not in results for run in arm.tuning()):
+        return None
+    runs = [run.key() for run in arm.finals(results, seeds)]
+    return [results[key] for key in runs] if all(key in results for key in runs) else None
+
+
+def values(found: Sequence[Result], key: str = "test") -> list[float]:
+    return [result[key] for result in found]
+
+
+def steps_to(found: Sequence[Result], level: float) -> float | None:
+    """The first step at which the mean curve is at a level."""
+    for points in zip(*(result["curve"] for result in found), strict=True):
+        if statistics.fmean(accuracy for _, accuracy in points) >= level:
+            return points[0][0]
+    return None
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _pair(study: Study, results: Results, size: int, labels: int = LABELS) -> list[list[Result]] | None:
+    """BatchNorm's results and Batch Renorm's."""
+    arms = [study.arm(scratch_name(norm, size, labels)) for norm in ("bn", "br")]
+    pair = [found for arm in arms if (found := finals(arm, results, study.seeds)) is not None]
+    return pair if len(pair) == 2 else None
+
+
+def microbatch(study: Study, results: Results) -> str:
+    """Findings 1 and 2."""
+    reference = _pair(study, results, 32)
+    rows = []
+    for size in (32, 4, 2):
+        pair = _pair(study, results, size)
+        if pair is None or reference is None:
+            rows.append([str(size), *[NONE] * 6])
+            continue
+        bn, br = (values(found) for found in pair)
+        curve_end = statistics.fmean(result["curve"][-1][1] for result in pair[0])
+        faster = [steps_to(found, curve_end) for found in pair]
+        rows.append(
+            [
+                str(size),
+                mean(bn).percent(),
+                mean(br).percent(),
+                difference(br, bn).percent(),
+                p_text(p_value(br, bn)),
+                "" if size == 32 else _share(values(reference[0]), bn, br),
+                " / ".join("never" if step is None else f"{step:g}" for step in faster),
+            ]
+        )
+    header = (
+        "microbatch",
+        "BatchNorm",
+        "Batch Renorm",
+        "difference",
+        "p",
+        "gap closed",
+        "steps to BatchNorm's end",
+    )
+    return markdown(header, rows)
+
+
+def _share(reference: Sequence[float], bn: Sequence[float], br: Sequence[float]) -> str:
+    """Of the gap between BatchNorm here and at microbatch 32, in percent."""
+    gap = statistics.fmean(reference) - statistics.fmean(bn)
+    return f"{100 * (statistics.fmean(br) - statistics.fmean(bn)) / gap:.0f} %" if gap > 0 else "no gap"
+
+
+def biased(study: Study, results: Results) -> str:
+    """Finding 3."""
+    reference = _pair(study, results, 32)
+    rows = []
+    for labels in (2, 1):
+        pair = _pair(study, results, 32, labels)
+        if pair is None or reference is None:
+            rows.append([str(labels), *[NONE] * 6])
+            continue
+        bn, br = (values(found) for found in pair)
+        again = [mean(values(found, "test_recalibrated")).percent() for found in pair]
+        share = _share(values(reference[0]), bn, br)
+        rows.append(
+            [str(labels), mean(bn).percent(), mean(br).percent(), p_text(p_value(br, bn)), share, *again]
+        )
+    header = (
+        "labels",
+        "BatchNorm",
+        "Batch Renorm",
+        "p",
+        "gap closed",
+        "BatchNorm recalibrated",
+        "Batch Renorm recalibrated",
+    )
+    return markdown(header, rows)
+
+
+def overfitting(study: Study, results: Results) -> str:
+    """Finding 4."""
+    rows = []
+    for labels in (LABELS, 2, 1):
+        for norm in ("bn", "br"):
+            found = finals(study.arm(scratch_name(norm, 32, labels)), results, study.seeds)
+            drawn = "all" if labels == LABELS else str(labels)
+            if found is None:
+                rows.append([drawn, NAMES[norm], *[NONE] * 3])
+                continue
+            batch, running = values(found, "test_by_batch"), values(found)
+            gap = difference(batch, running).percent()
+            rows.append([drawn, NAMES[norm], mean(batch).percent(), mean(running).percent(), gap])
+    return markdown(("labels", "norm", "by batch statistics", "by running statistics", "difference"), rows)
+
+
+def cost(bench: Path | None) -> str:
+    """Finding 5: what ``make bench`` measured."""
+    if bench is None or not bench.exists():
+        return f"to be measured: {BENCH}"
+    measured = json.loads(bench.read_text())
+    rows = [
+        [f"training step of {row['model']}, batch 4, 128 pixels", f"{row['ratio']:.2f}"]
+        for row in measured["models"]
+    ]
+    for row in measured["layers"]:
+        if row["dtype"] == "float32" and row["layout"] == "contiguous":
+            shape = "x".join(map(str, row["shape"]))
+            rows.append([f"the layer alone, forward and backward, {shape}", f"{row['train']['ours']:.2f}"])
+    machine = f"{measured['machine']}, torch {measured['torch']}"
+    return markdown(("Batch Renorm over BatchNorm, time", machine), rows)
+
+
+def ablation(study: Study, results: Results) -> str:
+    """Finding 6."""
+    columns: dict[str, dict[str, list[str]]] = {}
+    for name in study.ablated:
+        if any(run.key() not in results for run in study.arm(name).tuning()):
+            return NONE
+        base: list[float] | None = None
+        for arm, variant, runs in study.ablation(results):
+            if arm != name:
+                continue
+            found = [results[run.key()]["test"] for run in runs if run.key() in results]
+            cells = columns.setdefault(variant, {})
+            if len(found) < len(runs):
+                cells[name] = [NONE, NONE]
+                continue
+            base = base or found
+            cells[name] = [mean(found).percent(), "" if found is base else _gap(found, base)]
+    header = ["variant"]
+    for name in study.ablated:
+        header += [name.replace("br, ", ""), "difference (p)"]
+    rows = [
+        [variant, *(text for name in study.ablated for text in cells[name])]
+        for variant, cells in columns.items()
+    ]
+    return markdown(header, rows)
+
+
+def _gap(found: Sequence[float], base: Sequence[float]) -> str:
+    p = p_text(p_value(found, base))
+    return f"{100 * difference(found, base).value:+.1f}" + (f" ({p})" if p else "")
+
+
+def finetuning(study: Study, results: Results) -> str:
+    """Finding 7."""
+    bases = {arm.name: arm.base for arm in study.finetuning}
+    cells = list(dict.fromkeys((b.network, b.microbatch, b.labels) for b in bases.values()))
+    norms = list(dict.fromkeys((b.norm, b.recalibrate) for b in bases.values()))
+    rows = []
+    for norm, recalibrate in norms:
+        row = [NAMES[norm] + (", recalibrated first" if recalibrate else "")]
+        for network, size, labels in cells:
+            found = finals(
+                study.arm(finetune_name(network, norm, size, labels, recalibrate)), results, study.few_seeds
+            )
+            row.append(NONE if found is None else mean(values(found)).percent())
+        rows.append(row)
+    drawn = {LABELS: "shuffled", 1: "one label"}
+    return markdown(["", *(f"{NETWORKS[n]}, {size}, {drawn[labels]}" for n, size, labels in cells)], rows)
+
+
+def deployment(study: Study, results: Results) -> str:
+    """Finding 8."""
+    rows = []
+    for arm in (*study.main, *study.finetuning):
+        seeds = study.seeds if arm in study.main else study.few_seeds
+        found = finals(arm, results, seeds)
+        if found and "onnx" in found[0]:
+            onnx = found[0]["onnx"]
+            differ = onnx["images"] - onnx["same"]
+            rows.append(
+                [
+                    arm.name,
+                    f"{onnx['same']:,} of {onnx['images']:,}",
+                    f"{onnx['ties']} of {differ}",
+                    f"{onnx['largest_difference']:.1e}",
+                ]
+            )
+    return markdown(
+        ("model", "classified as by torch", "others that are ties", "largest difference of a logit"), rows
+    )
+
+
+def settings(study: Study, results: Results) -> str:
+    """What was chosen, and from what."""
+    rows = []
+    for arm in (*study.main, *study.finetuning):
+        if not arm.grid or any(run.key() not in results for run in arm.tuning()):
+            continue
+        chosen = arm.chosen(results)
+        tried = "; ".join(
+            f"{name} {', '.join(f'{v:g}' for v in points)}" for name, points in arm.grid.items()
+        )
+        best = max(results[run.key()]["validation"] for run in arm.tuning())
+        picked = ", ".join(f"{name} {getattr(chosen, name):g}" for name in arm.grid)
+        rows.append([arm.name, picked, f"{100 * best:.1f}", tried])
+    return markdown(("arm", "chosen", "validation accuracy", "from"), rows)

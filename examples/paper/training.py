@@ -1,0 +1,124 @@
+"""One run: build, train, and measure in all the ways that the tables need."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paper.data import IMAGENET, Data, Sampler, load
+from paper.measuring import accuracy, tested
+from paper.networks import build, for_training
+from paper.settings import Run
+from renormify import ConstantSchedule, PaperSchedule, RenormScheduler, recalibrate
+
+WARM_UP = 20
+PIXELS = 64  # of what the pretrained networks are given
+
+# While a run goes on: so many points of accuracy, each on so many validation images.
+CURVE = {"plain": (20, 1_000), "pretrained": (5, 500)}
+# Unlabelled images that statistics are counted on, in batches of 64.
+COUNTED = {"plain": 2_048, "pretrained": 256}
+
+
+def perform(run: Run, folder: Path) -> dict[str, Any]:
+    """Does a run.
+
+    Returns:
+        ``curve``, pairs of step and accuracy on some validation images; ``validation``, the final accuracy on
+        validation images, 5,000 or, where a pretrained network's settings are chosen, 1,000; ``train_loss``,
+        the mean of the last twentieth; ``diverged``; ``seconds``; and what :func:`measuring.tested` finds.
+        Accuracies are fractions.
+    """
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    data = _data(folder, _kind(run))
+    model = build(run)
+    if run.recalibrate:
+        model.load_state_dict(_statistics(run, model, data), strict=False)
+    if run.norm in ("bn", "br"):
+        model = for_training(model, run)
+    result = _train(model, run, data)
+    validation = data.validation if run.network == "plain" else data.validation.first(1_000)
+    result["validation"] = accuracy(model, validation)
+    if run.test:
+        result |= tested(model, run, data.test.first(run.test), _unlabelled(run, data))
+    return result | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def _kind(run: Run) -> str:
+    return "plain" if run.network == "plain" else "pretrained"
+
+
+@functools.lru_cache(maxsize=2)
+def _data(folder: Path, kind: str) -> Data:
+    return load(folder) if kind == "plain" else load(folder, size=PIXELS, channels=3, scale=IMAGENET)
+
+
+def _unlabelled(run: Run, data: Data) -> list[Tensor]:
+    return list(data.train.at(slice(COUNTED[_kind(run)]))[0].split(64))
+
+
+_counted: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+
+def _statistics(run: Run, model: nn.Module, data: Data) -> dict[str, Tensor]:
+    """The model's running statistics counted anew; those of a pretrained one are the same in every run."""
+    key = (run.network, run.norm)
+    if run.network == "plain" or key not in _counted:
+        recalibrate(model, _unlabelled(run, data))
+        _counted[key] = {
+            name: buffer.clone() for name, buffer in model.named_buffers() if ".running_" in f".{name}"
+        }
+    return _counted[key]
+
+
+def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
+    sampler = Sampler(data.train.labels, run.microbatch, run.labels, run.seed)
+    optimizer = _optimizer(model, run)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, run.steps))
+    limits = RenormScheduler(model, _schedule(run)) if run.norm == "br" else None
+    points, number = CURVE[_kind(run)]
+    every, watched = max(1, run.steps // points), data.validation.first(number)
+    curve: list[tuple[int, float]] = []
+    losses: list[float] = []
+    for step in range(1, run.steps + 1):
+        model.train()
+        images, labels = data.train.at(sampler.step(run.batch))
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+        if limits:
+            limits.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        if step % every == 0:
+            curve.append((step, accuracy(model, watched)))
+    last = losses[-max(1, run.steps // 20) :]
+    return {"curve": curve, "train_loss": sum(last) / len(last), "diverged": not math.isfinite(losses[-1])}
+
+
+def _optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    if run.network == "plain":
+        return torch.optim.SGD(model.parameters(), lr=run.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    return torch.optim.AdamW(model.parameters(), lr=run.lr)
+
+
+def _rate(steps: int, step: int) -> float:
+    """A linear warm-up, then a cosine to 0."""
+    return min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _schedule(run: Run) -> PaperSchedule | ConstantSchedule:
+    if run.ramp:
+        return PaperSchedule(r_max=run.r_max, d_max=run.d_max).scaled(run.steps)
+    return ConstantSchedule(run.r_max, run.d_max)

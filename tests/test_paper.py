@@ -1,0 +1,253 @@
+"""The study of the paper's findings: its parts do what they say; the committed tables are the results'."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from paper import pictures, tables
+from paper.data import Images, Sampler, load, missing
+from paper.intervals import difference, mean, p_value
+from paper.networks import Microbatches, Workers, build, for_deployment, for_training
+from paper.records import Records
+from paper.settings import FULL, QUICK, SCRATCH, Arm, Run
+from paper.training import perform
+from torch import nn
+
+from renormify import BatchRenorm2d
+
+ROOT = Path(__file__).parent.parent
+PAPER = ROOT / "examples" / "paper"
+LIMITS = {"r_max": 1.5, "d_max": 0.5}  # clip some channels of the inputs below, not all
+
+
+def norms():
+    return {
+        "bn": nn.BatchNorm2d(3, momentum=0.1),
+        "sigma": BatchRenorm2d(3, momentum=0.1, **LIMITS),
+        "var": BatchRenorm2d(3, momentum=0.1, stat="var", **LIMITS),
+    }
+
+
+def trained(norm):
+    """The same layer with statistics and affine that are not those it was made with."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        norm.running_mean.copy_(torch.randn(3, generator=generator))
+        norm.running_var.copy_(torch.rand(3, generator=generator) + 0.5)
+        norm.weight.copy_(torch.randn(3, generator=generator))
+        norm.bias.copy_(torch.randn(3, generator=generator))
+    return norm.double()
+
+
+@pytest.mark.parametrize("kind", list(norms()))
+def test_workers_are_as_many_copies_of_the_layer(kind):
+    norm = trained(norms()[kind])
+    copies = [copy.deepcopy(norm) for _ in range(4)]
+    x = torch.randn(8, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(8, 3, 5, 4, dtype=torch.float64)
+    expected = torch.cat([each(part) for each, part in zip(copies, x.split(2), strict=True)])
+    (expected_grad,) = torch.autograd.grad(expected, x, grad, retain_graph=True)
+    expected.backward(grad)
+    workers = Workers(norm, 2)
+    output = workers(x)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(output, x, grad, retain_graph=True)[0], expected_grad)
+    output.backward(grad)
+    for name in ("weight", "bias"):
+        total = sum(getattr(each, name).grad for each in copies)
+        torch.testing.assert_close(getattr(norm, name).grad, total)
+    means = torch.stack([each.running_mean for each in copies])
+    variances = torch.stack([each.running_var for each in copies])
+    torch.testing.assert_close(norm.running_mean, means.mean(0))
+    if kind == "sigma":
+        sigma = (variances + norm.eps).sqrt().mean(0)
+        torch.testing.assert_close((norm.running_var + norm.eps).sqrt(), sigma)
+    else:
+        torch.testing.assert_close(norm.running_var, variances.mean(0))
+
+
+@pytest.mark.parametrize("norm", ["bn", "br"])
+def test_microbatches_in_one_pass_are_those_one_after_the_other(norm):
+    run = replace(SCRATCH, norm=norm, microbatch=4, ramp=False)
+    expected, wrapped = build(run).double(), build(run).double()
+    for name, module in list(wrapped.named_children()):
+        if isinstance(module, (nn.BatchNorm2d, BatchRenorm2d)):
+            wrapped[int(name)] = Microbatches(module, 4)
+    x = torch.randn(12, 1, 28, 28, dtype=torch.float64)
+    torch.cat([expected(part) for part in x.split(4)]).square().sum().backward()
+    wrapped(x).square().sum().backward()
+    theirs = dict(expected.named_parameters())
+    for name, parameter in for_deployment(wrapped).named_parameters():
+        assert parameter.shape == theirs[name].shape
+    for (_, ours), (name, parameter) in zip(wrapped.named_parameters(), theirs.items(), strict=True):
+        torch.testing.assert_close(ours.grad, parameter.grad, rtol=1e-8, atol=1e-10, msg=name)
+    buffers = dict(for_deployment(wrapped).named_buffers())
+    for name, buffer in expected.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, msg=name)
+
+
+def test_a_microbatch_has_equal_shares_of_its_labels():
+    labels = torch.arange(1000) % 10
+    drawn = labels[Sampler(labels, 32, 2, seed=0).step(256)].view(8, 32)
+    for microbatch in drawn:
+        found = microbatch.unique(return_counts=True)
+        assert len(found[0]) == 2
+        assert found[1].tolist() == [16, 16]
+    assert len(labels[Sampler(labels, 32, 10, seed=0).step(256)].unique()) == 10
+    with pytest.raises(ValueError, match="no equal shares"):
+        Sampler(labels, 5, 2, seed=0)
+
+
+def test_intervals_against_known_figures():
+    # t(0.975, 2) = 4.302653, s = 1; the paired test of (1, 2, 4) and (0, 1, 1) has t = 2.5, p = 0.1296.
+    assert mean([1, 2, 3]).value == 2
+    assert mean([1, 2, 3]).half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert difference([1, 2, 4], [0, 1, 1]).value == pytest.approx(5 / 3)
+    assert p_value([1, 2, 4], [0, 1, 1]) == pytest.approx(0.1296, abs=1e-4)
+    assert np.isnan(mean([1.0]).half)
+
+
+def test_tables_of_made_up_results():
+    results, seeds = {}, 2
+    study = replace(FULL, main=tuple(replace(arm, grid={}) for arm in FULL.main), seeds=seeds)
+    for arm in study.main:
+        level = {"bn": {32: 0.9, 4: 0.88, 2: 0.8}, "br": {32: 0.91, 4: 0.89, 2: 0.86}}
+        base = level[arm.base.norm][arm.base.microbatch]
+        for run in arm.finals({}, seeds):
+            test = base + 0.01 * run.seed
+            curve = [(100, test - 0.05), (200, test - 0.01)]
+            results[run.key()] = {"test": test, "curve": curve}
+    lines = tables.microbatch(study, results).splitlines()
+    assert lines[4] == "| 2 | 80.5 ± 6.4 | 86.5 ± 6.4 | 6.0 ± 0.0 |  | 60 % | 200 / 100 |"
+    assert "| 4 |" in lines[3]
+    assert "50 %" in lines[3]
+
+
+def test_a_text_keeps_what_is_around_its_tables():
+    once = tables.fill("# Title\n\n<!-- a -->old<!-- end of a -->\n\nwords\n", {"a": "new \\1"})
+    assert once == "# Title\n\n<!-- a -->\n\nnew \\1\n\n<!-- end of a -->\n\nwords\n"
+    assert tables.fill(once, {"a": "new \\1"}) == once
+
+
+def test_results_are_gone_on_with(tmp_path):
+    run = QUICK.main[0].base
+    Records(tmp_path / "r.jsonl").add(run, {"test": 0.5}, {})
+    with (tmp_path / "r.jsonl").open("a") as stream:
+        stream.write('{"run": {"netw')  # stopped while it wrote
+    Records(tmp_path / "r.jsonl").add(replace(run, seed=1), {"test": 0.6}, {})
+    with (tmp_path / "r.jsonl").open("a") as stream:
+        former = {"run": {**json.loads(run.key()), "seed": 2, "protocol": 0}, "result": {}}
+        stream.write(json.dumps(former) + "\n")
+    found = Records(tmp_path / "r.jsonl").results
+    assert found == {run.key(): {"test": 0.5}, replace(run, seed=1).key(): {"test": 0.6}}
+
+
+def test_the_choice_is_the_best_on_validation_images():
+    arm = Arm("a", SCRATCH, {"lr": (0.1, 0.2), "momentum": (0.1, 0.01)})
+    results = {run.key(): {"validation": run.lr * run.momentum} for run in arm.tuning()}
+    chosen = arm.chosen(results)
+    assert (chosen.lr, chosen.momentum, chosen.seed, chosen.test) == (0.2, 0.1, 0, 10_000)
+    assert all(run.test == 0 and run.seed != 0 for run in arm.tuning())
+
+
+def made_up_data(folder):
+    """Four small files like Fashion-MNIST's, with labels that can be seen in the images."""
+    generator = np.random.default_rng(0)
+    for part, number in (("train", 5_600), ("t10k", 300)):
+        labels = generator.integers(0, 10, number, dtype=np.uint8)
+        pixels = generator.integers(0, 60, (number, 28, 28), dtype=np.uint8)
+        pixels[np.arange(number), 2 * labels, :] = 255
+        for kind, array, head in (("images-idx3", pixels, 16), ("labels-idx1", labels, 8)):
+            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(bytes(head) + array.tobytes()))
+    return folder
+
+
+@pytest.mark.parametrize("norm", ["bn", "br"])
+def test_a_run_from_start_to_end_repeats(tmp_path, norm):
+    folder = made_up_data(tmp_path)
+    run = Run(
+        network="plain", norm=norm, microbatch=8, batch=16, steps=4, lr=0.05, momentum=0.1, test=250, labels=2
+    )
+    first, second = (perform(run, folder) for _ in range(2))
+    for result in (first, second):
+        del result["seconds"]
+    assert first == second
+    assert [step for step, _ in first["curve"]] == [1, 2, 3, 4]
+    assert ("onnx" in first) == (norm == "br")
+    if norm == "br":
+        assert first["onnx"]["same"] + first["onnx"]["ties"] >= first["onnx"]["images"] == 250
+
+
+def test_data_is_what_the_files_hold(tmp_path):
+    data = load(made_up_data(tmp_path))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [600, 5_000, 300]
+    images, labels = data.test.at(slice(20))
+    assert images.shape == (20, 1, 28, 28)
+    assert torch.equal(images[:, 0].mean(-1).argmax(1), 2 * labels)
+    whole = torch.cat([data.train.pixels, data.validation.pixels])
+    assert len(torch.unique(whole.flatten(1), dim=0)) == 5_600  # no image is in both
+    large = Images(data.test.pixels, data.test.labels, size=64, channels=3).at(slice(2))[0]
+    assert large.shape == (2, 3, 64, 64)
+
+
+def run_study(*arguments, cwd):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
+    return subprocess.run(
+        [sys.executable, "-m", "paper", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_missing_data_is_one_line_with_the_command(tmp_path):
+    result = run_study("--quick", "--data", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout.count("\n") == 1
+    assert "sudo apt-get install dataset-fashion-mnist" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert missing(made_up_data(tmp_path)) is None
+
+
+def committed():
+    return Records(PAPER / "results.jsonl").results
+
+
+def test_the_committed_tables_are_those_of_the_committed_results():
+    text = (PAPER / "README.md").read_text()
+    assert tables.fill(text, tables.sections(FULL, committed(), PAPER / "bench.json")) == text
+
+
+def numbers(text):
+    """A picture's words, and its coordinates to half a pixel, whatever release of matplotlib drew it."""
+    words = re.findall(r">([^<>]*[^<>\s][^<>]*)</text>", text)
+    return words, [float(number) for number in re.findall(r"-?\d+\.\d+", text)]
+
+
+def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path):
+    drawn = pictures.draw(FULL, committed(), tmp_path)
+    assert {path.name for path in drawn} == {path.name for path in PAPER.glob("*.svg")}
+    for path in drawn:
+        (words, places), (old_words, old_places) = (
+            numbers(text) for text in (path.read_text(), (PAPER / path.name).read_text())
+        )
+        assert words == old_words, path.name
+        assert np.allclose(places, old_places, atol=0.5), path.name
+
+
+def test_the_wrapped_network_is_the_plain_one_in_evaluation_mode():
+    model = build(replace(SCRATCH, norm="br"))
+    x = torch.randn(4, 1, 28, 28)
+    expected = model.eval()(x)
+    wrapped = for_training(model, SCRATCH)
+    assert sum(isinstance(module, Workers) for module in wrapped.modules()) == 14
+    assert torch.equal(wrapped.eval()(x), expected)
+    assert torch.equal(for_deployment(wrapped)(x), expected)
