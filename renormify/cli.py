@@ -271,6 +271,32 @@ def convert(
 
 @app.command(
     epilog="Examples:\n\n"
+    "renormify revert renorm.safetensors -o batchnorm.safetensors\n\n"
+    "renormify revert renorm.safetensors --model my.models:build -o net.pt --json"
+)
+def revert(
+    output: Output,
+    checkpoint: Checkpoint = None,
+    model: Model = None,
+    weights: Weights = None,
+    kwargs: Kwargs = None,
+    input_shape: Shape = None,
+    force: Force = False,
+    html: Html = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Make BatchNorm's checkpoint again of a converted one, and prove that evaluation is unchanged."""
+    with session_of(as_json, html, quiet=quiet, force=force) as session:
+        shapes, reading = shapes_of(input_shape), Reading(kwargs_of(kwargs))
+        request = session.request(checkpoint, weights, model, shapes, output=output, reading=reading)
+        from renormify import commands
+
+        session.finish(commands.revert_checkpoint(request, output, force=force))
+
+
+@app.command(
+    epilog="Examples:\n\n"
     "renormify diagnose net.pth --model torchvision:resnet18 --data train-images --batch-size 4\n\n"
     "renormify diagnose net.pth --model my.models:build --data inputs.npz --html report.html"
 )

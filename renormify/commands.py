@@ -18,11 +18,11 @@ from renormify.diagnosis import diagnose
 from renormify.errors import InputError, NothingToConvertError, RenormifyError
 from renormify.exported import export_again, save_program
 from renormify.fitting import tied_to
-from renormify.formats import Span
+from renormify.formats import PROGRAM, Span, locate, recognise
 from renormify.importers import AUTO, import_checkpoint
 from renormify.outputs import check_output
 from renormify.proof import prove_unchanged
-from renormify.rewriting import Conversion, convert
+from renormify.rewriting import Conversion, convert, revert
 from renormify.samples import Samples
 from renormify.selection import Selection
 from renormify.settings import Settings
@@ -49,6 +49,7 @@ __all__ = [
     "import_file",
     "inspect_checkpoint",
     "plain_settings",
+    "revert_checkpoint",
 ]
 
 
@@ -139,6 +140,51 @@ def _write(
     save_checkpoint(
         output, state, metadata, force=force, inputs=inputs, source=source, progress=request.progress
     )
+
+
+def revert_checkpoint(request: Request, output: Path, *, force: bool = False) -> dict[str, Any]:
+    """Makes BatchNorm's checkpoint of one that ``convert`` wrote, proves it, and only then writes it.
+
+    The tensors and their names stay, since they are BatchNorm's all along; what the file says of Batch Renorm
+    goes.
+
+    Returns:
+        The document, with the proof; ``passed`` tells whether the file was written.
+
+    Raises:
+        NothingToConvertError: the file says of no conversion.
+        RenormifyError: something given cannot be used.
+    """
+    check_checkpoint_output(output, force=force, inputs=request.inputs)
+    if request.checkpoint is None:
+        raise InputError("nothing to revert: give the checkpoint that renormify convert wrote")
+    if recognise(locate(request.checkpoint)) == PROGRAM:
+        raise InputError(f"{request.checkpoint} is a program; renormify.revert() takes the module of one")
+    checkpoint = read_checkpoint(request, stream=False)
+    assert checkpoint is not None
+    if "settings" not in checkpoint.metadata:
+        raise NothingToConvertError(
+            f"{request.checkpoint} was not written by renormify convert: it is BatchNorm's file as it is"
+        )
+    subject = load_subject(request, checkpoint)
+    converted = convert_subject(subject, Settings(), Selection()).model
+    reverted = revert(converted)
+    request.progress("Proving that the outputs are unchanged")
+    proof = prove_unchanged(converted, reverted, subject.args())
+    document = subject.document("revert") | {"proof": proof.to_dict(), "passed": proof.passed, "reason": None}
+    if not proof.passed:
+        return document | {"reason": f"the reverted model is not the same: {proof.reason}", "output": None}
+    request.progress(f"Writing {output}")
+    metadata = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": document["model"],
+        **subject.recorded,
+        "input_shape": document["input_shape"],
+    }
+    state = _in_the_dtypes_of(subject.checkpoint, reverted.state_dict())
+    save_checkpoint(output, state, metadata, force=force, inputs=subject.inputs(request))
+    return document | {"output": output}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,6 +147,48 @@ def test_people_read_counts_a_verdict_and_a_path(tmp_path):
     assert "features.1.conv.0.1" in again.stdout
 
 
+def test_revert_gives_the_original_file_back(converted, tmp_path):
+    output = tmp_path / "batchnorm.safetensors"
+    document = json.loads(invoke("revert", converted[0], "-o", output, "--json").stdout)
+    assert document["passed"] is True
+    assert document["proof"]["identical"] is True
+    original, reverted = torch.load(WEIGHTS, weights_only=True), load_file(output)
+    assert reverted.keys() == original.keys()
+    assert all(torch.equal(reverted[key], value) for key, value in original.items())
+    metadata = load_checkpoint(output).metadata
+    assert metadata["model"] == "torchvision:mobilenet_v2"
+    assert "settings" not in metadata
+    assert "report" not in metadata
+    result = invoke("revert", output, "-o", tmp_path / "again.pt", code=1)  # it is BatchNorm's already
+    assert "was not written by renormify convert" in result.stderr
+    assert not (tmp_path / "again.pt").exists()
+
+
+def test_a_reversal_that_changes_something_writes_nothing(converted, tmp_path, monkeypatch):
+    genuine = rewriting.revert
+
+    def faulty(model):
+        reverted = genuine(model)
+        with torch.no_grad():
+            reverted.features[0][1].bias += 1e-3
+        return reverted
+
+    monkeypatch.setattr("renormify.commands.revert", faulty)
+    result = invoke("revert", converted[0], "-o", tmp_path / "a.pt", code=1)
+    assert "the reverted model is not the same" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_revert_says_what_it_takes(tmp_path):
+    result = invoke("revert", "-o", tmp_path / "out.pt", code=2)
+    assert "give the checkpoint that renormify convert wrote" in result.stderr
+    program = torch.export.export(torch.nn.Sequential(torch.nn.BatchNorm1d(3)).eval(), (torch.randn(4, 3),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    result = invoke("revert", tmp_path / "net.pt2", "-o", tmp_path / "out.pt", code=2)
+    assert "is a program" in result.stderr
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_inspect_lists_every_site(tmp_path):
     document = json.loads(invoke("inspect", *MODEL, "--json").stdout)
     assert document["weights"] is None

@@ -50,6 +50,7 @@ def test_renormify_commands_run_in_their_order(tmp_path: Path, monkeypatch: pyte
         "verify",
         "export",
         "fold",
+        "revert",
         "import",
     ]
     for words in commands:
@@ -61,6 +62,7 @@ def test_renormify_commands_run_in_their_order(tmp_path: Path, monkeypatch: pyte
         "mobilenet_v2.onnx",
         "unfolded.onnx",
         "folded.onnx",
+        "batchnorm.safetensors",
         "crossq.zip",
         "policy.safetensors",
     }
