@@ -90,6 +90,15 @@ def _is_of_a_library(function: FunctionType) -> bool:
     return package in ("torch", "numpy") or package in sys.stdlib_module_names
 
 
+_ENTERED_OTHERWISE = (
+    type,
+    nn.Module,
+    torch.jit.ScriptFunction,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)
+
+
 def _unwrapped(value: Any, owner: Any) -> _Named:
     """The function within what wraps it; of an object that can be called, its method."""
     while True:
@@ -105,7 +114,7 @@ def _unwrapped(value: Any, owner: Any) -> _Named:
             value = value.__wrapped__
         else:
             break
-    if isinstance(value, (type, nn.Module, torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(value, _ENTERED_OTHERWISE):
         return _Named(value, owner)
     called = inspect.getattr_static(type(value), "__call__", None)
     return _Named(called, value) if isinstance(called, FunctionType) else _Named(value, owner)

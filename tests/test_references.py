@@ -271,7 +271,12 @@ def test_what_cannot_be_converted_is_reported(form: type[State], reason: str, tr
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
-def test_scripted_calls_are_reported() -> None:
+@pytest.mark.parametrize("patched", [False, True])
+def test_scripted_calls_are_reported(patched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if patched:  # as torch.testing does, and profilers may
+        call = torch.jit.ScriptFunction.__call__
+        monkeypatch.setattr(torch.jit.ScriptFunction, "__call__", lambda *a, **k: call(*a, **k))
+
     @torch.jit.script
     def scripted(x: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor:
         return F.batch_norm(x, mean, var, training=training)
