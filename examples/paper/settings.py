@@ -220,7 +220,7 @@ def _finetune(run: Run, networks: Sequence[str], microbatches: Sequence[int], tu
 
 
 FULL = Study(
-    main=_scratch(SCRATCH, {"lr": (0.05, 0.1, 0.2), "momentum": (0.1, 0.03)}),
+    main=_scratch(SCRATCH, {"lr": (0.025, 0.05, 0.1), "momentum": (0.1, 0.03)}),
     ablated=(scratch_name("br", 2), scratch_name("br", 32, 2)),
     variants=VARIANTS,
     finetuning=(
