@@ -18,7 +18,7 @@ import torch
 from paper import pictures, tables
 from paper.data import Images, Sampler, load, missing
 from paper.intervals import difference, mean, p_value
-from paper.networks import Microbatches, Workers, build, for_deployment, for_training
+from paper.networks import Microbatches, Trailing, Workers, build, for_deployment, for_training
 from paper.records import Records
 from paper.settings import FULL, QUICK, SCRATCH, Arm, Run
 from paper.training import perform
@@ -77,6 +77,20 @@ def test_workers_are_as_many_copies_of_the_layer(kind):
         torch.testing.assert_close(norm.running_var, variances.mean(0))
 
 
+def test_trailing_is_evaluation_whose_statistics_move():
+    norm = trained(nn.BatchNorm2d(3, momentum=0.1))
+    copies = [copy.deepcopy(norm) for _ in range(2)]
+    x = torch.randn(8, 3, 5, 4, dtype=torch.float64)
+    expected = copy.deepcopy(norm).eval()(x)
+    for each, part in zip(copies, x.split(4), strict=True):
+        each(part)
+    torch.testing.assert_close(Trailing(norm, 4)(x), expected)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(
+            getattr(norm, name), torch.stack([getattr(each, name) for each in copies]).mean(0)
+        )
+
+
 @pytest.mark.parametrize("norm", ["bn", "br"])
 def test_microbatches_in_one_pass_are_those_one_after_the_other(norm):
     run = replace(SCRATCH, norm=norm, microbatch=4, ramp=False)
@@ -122,7 +136,7 @@ def test_tables_of_made_up_results():
     results, seeds = {}, 2
     study = replace(FULL, main=tuple(replace(arm, grid={}) for arm in FULL.main), seeds=seeds)
     for arm in study.main:
-        level = {"bn": {32: 0.9, 4: 0.88, 2: 0.8}, "br": {32: 0.91, 4: 0.89, 2: 0.86}}
+        level = {"bn": {32: 0.9, 4: 0.88, 2: 0.8}, "br": {32: 0.91, 4: 0.89, 2: 0.86}, "trailing": {32: 0.9}}
         base = level[arm.base.norm][arm.base.microbatch]
         for run in arm.finals({}, seeds):
             test = base + 0.01 * run.seed
@@ -173,7 +187,7 @@ def made_up_data(folder):
     return folder
 
 
-@pytest.mark.parametrize("norm", ["bn", "br"])
+@pytest.mark.parametrize("norm", ["bn", "br", "trailing"])
 def test_a_run_from_start_to_end_repeats(tmp_path, norm):
     folder = made_up_data(tmp_path)
     run = Run(

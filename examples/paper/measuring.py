@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from paper.data import Images, Sampler
 from paper.networks import for_deployment
-from paper.settings import Run
+from paper.settings import MOVING, Run
 from renormify import recalibrate
 from renormify.onnx import export_onnx
 
@@ -45,7 +45,7 @@ def tested(model: nn.Module, run: Run, test: Images, unlabelled: list[Tensor]) -
         seed 0 ``onnx``, how the exported file classifies.
     """
     result: dict[str, Any] = {"test": accuracy(model, test)}
-    if run.norm in ("bn", "br"):
+    if run.norm in MOVING:
         result["test_by_batch"] = _by_batch(model, run, test)
         if run.network == "plain":
             result["test_recalibrated"] = _recalibrated(model, test, unlabelled)

@@ -78,6 +78,26 @@ class Workers(Microbatches):
         return output.view(self.size, workers, C, *spatial).transpose(0, 1).reshape(N, C, *spatial)
 
 
+class Trailing(Microbatches):
+    """Normalises by the running statistics in training too; they move, and no gradient goes through any.
+
+    No layer of renormify, and none to train with: Batch Renorm's forward without the normalising in its
+    gradient, to tell what that does.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        norm = self.norm
+        if not self.training:
+            return norm(input)
+        known = [buffer.clone() for buffer in (norm.running_mean, norm.running_var)]
+        output = F.batch_norm(input, *known, norm.weight, norm.bias, False, 0.0, norm.eps)
+        with torch.no_grad():
+            found = torch.var_mean(input.unflatten(0, (-1, self.size)), (1, 3, 4))
+            norm.running_var.lerp_(found[0].mean(0), norm.momentum)
+            norm.running_mean.lerp_(found[1].mean(0), norm.momentum)
+        return output
+
+
 def build(run: Run) -> nn.Module:
     """The network of a run, as it is before the first step, with its norm layers as users have them."""
     torch.manual_seed(run.seed)
@@ -88,7 +108,7 @@ def build(run: Run) -> nn.Module:
 
 def for_training(model: nn.Module, run: Run) -> nn.Module:
     """The same network, whose norm layers see microbatches."""
-    kind = Workers if run.network == "plain" else Microbatches
+    kind = Trailing if run.norm == "trailing" else Workers if run.network == "plain" else Microbatches
     return _replaced(model, (nn.BatchNorm2d, BatchRenorm2d), lambda norm: kind(norm, run.microbatch))
 
 
@@ -105,7 +125,7 @@ def _plain(run: Run) -> nn.Sequential:
             layers += [
                 nn.Conv2d(before, width, 3, 2 if position == 0 else 1, padding=1, bias=False),
                 nn.BatchNorm2d(width, momentum=run.momentum)
-                if run.norm == "bn"
+                if run.norm != "br"
                 else BatchRenorm2d(width, momentum=run.momentum, stat=run.stat),
                 nn.ReLU(),
             ]

@@ -12,6 +12,9 @@ PROTOCOL = 1
 """Goes up when the way a run is done changes, so that results of the former way no longer count."""
 
 LABELS = 10
+MOVING = ("bn", "br", "trailing")
+"""Norms whose running statistics move."""
+
 TUNING_SEED = 1000
 UNBOUNDED = 1e6
 
@@ -22,8 +25,9 @@ class Run:
 
     Attributes:
         network: "plain" is trained from scratch; "efficientnet_lite0" and "mobilenet_v2" are fine-tuned.
-        norm: "bn" and "br" are BatchNorm and Batch Renorm; "frozen" is BatchNorm that keeps its pretrained
-            statistics; "gn" is GroupNorm in its place.
+        norm: "bn" and "br" are BatchNorm and Batch Renorm; "trailing" normalises by the running statistics
+            while they move; "frozen" is BatchNorm that keeps its pretrained statistics; "gn" is GroupNorm in
+            its place.
         microbatch: images that are normalised together.
         labels: how many of the ten labels a microbatch is drawn from; 10 means i.i.d.
         batch: images of an optimisation step, over whose microbatches gradients are averaged.
@@ -182,8 +186,8 @@ ARMS = (
     ("br", False),
     ("br", True),
 )
-MOVING = {"lr": (5e-4, 2e-3), "momentum": (0.01, 0.003)}
-FIXED = {"lr": (2.5e-4, 5e-4, 1e-3, 2e-3)}
+WITH_MOMENTUM = {"lr": (5e-4, 2e-3), "momentum": (0.01, 0.003)}
+WITHOUT = {"lr": (2.5e-4, 5e-4, 1e-3, 2e-3)}
 
 
 def _scratch(run: Run, grid: Mapping[str, Sequence[float]]) -> tuple[Arm, ...]:
@@ -194,7 +198,7 @@ def _scratch(run: Run, grid: Mapping[str, Sequence[float]]) -> tuple[Arm, ...]:
             grid,
         )
         for microbatch, labels in CELLS
-        for norm in ("bn", "br")
+        for norm in (("bn", "br") if labels == LABELS else MOVING)
     )
 
 
@@ -211,12 +215,12 @@ def _finetune(run: Run, networks: Sequence[str], microbatches: Sequence[int], tu
                     labels=labels,
                     recalibrate=recalibrate,
                 ),
-                (MOVING if norm in ("bn", "br") else FIXED) if tuned else {},
+                (WITH_MOMENTUM if norm in MOVING else WITHOUT) if tuned else {},
             )
 
 
 FULL = Study(
-    main=_scratch(SCRATCH, {"lr": (0.05, 0.1, 0.2), "momentum": (0.1, 0.03)}),
+    main=_scratch(SCRATCH, {"lr": (0.025, 0.05, 0.1), "momentum": (0.1, 0.03)}),
     ablated=(scratch_name("br", 2), scratch_name("br", 32, 2)),
     variants=VARIANTS,
     finetuning=(

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from paper.intervals import difference, mean, p_text, p_value
 from paper.records import Result
-from paper.settings import LABELS, Arm, Study, finetune_name, scratch_name
+from paper.settings import LABELS, MOVING, Arm, Study, finetune_name, scratch_name
 
 Results = Mapping[str, Result]
 NAMES = {
     "bn": "BatchNorm",
     "br": "Batch Renorm",
+    "trailing": "running statistics alone",
     "frozen": "BatchNorm, frozen",
     "gn": "GroupNorm",
 }
@@ -100,7 +101,7 @@ def microbatch(study: Study, results: Results) -> str:
                 mean(bn).percent(),
                 mean(br).percent(),
                 difference(br, bn).percent(),
-                p_text(p_value(br, bn)),
+                _p(br, bn),
                 "" if size == 32 else _share(values(reference[0]), bn, br),
                 " / ".join("never" if step is None else f"{step:g}" for step in faster),
             ]
@@ -117,6 +118,10 @@ def microbatch(study: Study, results: Results) -> str:
     return markdown(header, rows)
 
 
+def _p(found: Sequence[float], base: Sequence[float]) -> str:
+    return p_text(p_value(found, base))
+
+
 def _share(reference: Sequence[float], bn: Sequence[float], br: Sequence[float]) -> str:
     """Of the gap between BatchNorm here and at microbatch 32, in percent."""
     gap = statistics.fmean(reference) - statistics.fmean(bn)
@@ -125,29 +130,20 @@ def _share(reference: Sequence[float], bn: Sequence[float], br: Sequence[float])
 
 def biased(study: Study, results: Results) -> str:
     """Finding 3."""
-    reference = _pair(study, results, 32)
+    reference = finals(study.arm(scratch_name("bn", 32)), results, study.seeds)
     rows = []
     for labels in (2, 1):
-        pair = _pair(study, results, 32, labels)
-        if pair is None or reference is None:
-            rows.append([str(labels), *[NONE] * 6])
-            continue
-        bn, br = (values(found) for found in pair)
-        again = [mean(values(found, "test_recalibrated")).percent() for found in pair]
-        share = _share(values(reference[0]), bn, br)
-        rows.append(
-            [str(labels), mean(bn).percent(), mean(br).percent(), p_text(p_value(br, bn)), share, *again]
-        )
-    header = (
-        "labels",
-        "BatchNorm",
-        "Batch Renorm",
-        "p",
-        "gap closed",
-        "BatchNorm recalibrated",
-        "Batch Renorm recalibrated",
-    )
-    return markdown(header, rows)
+        bn = finals(study.arm(scratch_name("bn", 32, labels)), results, study.seeds)
+        for norm in MOVING:
+            found = finals(study.arm(scratch_name(norm, 32, labels)), results, study.seeds)
+            if found is None or bn is None or reference is None:
+                rows.append([str(labels), NAMES[norm], *[NONE] * 4])
+                continue
+            plain, ours = values(bn), values(found)
+            versus = ("", "") if norm == "bn" else (_share(values(reference), plain, ours), _p(ours, plain))
+            again = mean(values(found, "test_recalibrated")).percent()
+            rows.append([str(labels), NAMES[norm], mean(ours).percent(), *versus, again])
+    return markdown(("labels", "norm", "accuracy", "gap closed", "p", "recalibrated afterwards"), rows)
 
 
 def overfitting(study: Study, results: Results) -> str:
@@ -211,7 +207,7 @@ def ablation(study: Study, results: Results) -> str:
 
 
 def _gap(found: Sequence[float], base: Sequence[float]) -> str:
-    p = p_text(p_value(found, base))
+    p = _p(found, base)
     return f"{100 * difference(found, base).value:+.1f}" + (f" ({p})" if p else "")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paper.data import IMAGENET, Data, Sampler, load
 from paper.measuring import accuracy, tested
 from paper.networks import build, for_training
-from paper.settings import Run
+from paper.settings import MOVING, Run
 from renormify import ConstantSchedule, PaperSchedule, RenormScheduler, recalibrate
 
 WARM_UP = 20
@@ -42,7 +42,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     model = build(run)
     if run.recalibrate:
         model.load_state_dict(_statistics(run, model, data), strict=False)
-    if run.norm in ("bn", "br"):
+    if run.norm in MOVING:
         model = for_training(model, run)
     result = _train(model, run, data)
     validation = data.validation if run.network == "plain" else data.validation.first(1_000)
