@@ -7,8 +7,10 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +231,41 @@ def test_missing_data_is_one_line_with_the_command(tmp_path):
     assert "sudo apt-get install dataset-fashion-mnist" in result.stdout
     assert list(tmp_path.iterdir()) == []
     assert missing(made_up_data(tmp_path)) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("ended", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_leaves_no_worker_behind_and_keeps_what_is_done(tmp_path, ended):
+    data = made_up_data(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
+    command = [sys.executable, "-m", "paper", "--quick", "--only", "main", "--data", str(data), "--jobs", "1"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    results = tmp_path / "paper-quick" / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not results.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(ended)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == (143 if ended == signal.SIGTERM else 1)
+    assert "Traceback" not in said
+    assert len(Records(results).results) >= 1
+    for _ in range(50):  # the group is gone with its last process
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("a worker goes on")
 
 
 def committed():

@@ -10,6 +10,7 @@ import argparse
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -44,6 +45,7 @@ def main() -> int:
     if options.data_missing and not options.tables:
         console.print(options.data_missing, style="red", markup=False, soft_wrap=True)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     study = QUICK if options.quick else FULL
     options.output.mkdir(parents=True, exist_ok=True)
     records = Records(options.output / "results.jsonl")
@@ -101,9 +103,10 @@ def _do(
             for future in as_completed(futures):
                 records.add(futures[future], future.result(), where)
                 progress.advance(bar)
-        except BaseException:
-            for future in futures:
-                future.cancel()
+        except BaseException:  # an interrupt: what is being run is begun anew next time
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
 
 
@@ -123,4 +126,7 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what is done is kept, and the same command goes on")
