@@ -53,6 +53,31 @@ def test_a_model_of_many_operators(opset: int, tmp_path: Path) -> None:
     assert verify_onnx(model, export.path, x).passed
 
 
+class Reshaped(nn.Module):
+    """What torch exports with allowzero, which opset 13 has not."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        means = x.mean((2, 3)).view(x.shape[0], 6, 1, 1) * x
+        return torch.flatten(x, 1), x.view(x.size(0), -1), x.reshape(-1, 2, 3, 16).transpose(1, 2), means
+
+
+def test_shapes_without_a_zero_need_not_allow_one(tmp_path: Path) -> None:
+    x = torch.randn(2, 6, 4, 4)
+    export = export_onnx(Reshaped().eval(), x, tmp_path / "m.onnx", opset_version=13)
+    nodes = onnx.load(export.path).graph.node
+    assert sum(each.op_type == "Reshape" for each in nodes) >= 3
+    assert not any(attribute.name == "allowzero" for each in nodes for attribute in each.attribute)
+    assert verify_onnx(Reshaped().eval(), export.path, x).passed
+
+
+@pytest.mark.parametrize(("shape", "lowered"), [([0, 3], False), ([2, 3], True)])
+def test_a_zero_that_is_allowed_stays_so(shape: list[int], lowered: bool) -> None:
+    reshape = node("Reshape", ["x", "shape"], ["y"], allowzero=1)
+    model = build([reshape], shape, {"shape": np.array(shape, np.int64)}, opset=18)
+    found = lower(ir.from_proto(model), 13)
+    assert isinstance(found, Refusal) != lowered
+
+
 def test_an_old_opset_has_the_ir_version_of_its_time(tmp_path: Path) -> None:
     model, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
     assert onnx.load(export_onnx(model, x, tmp_path / "m.onnx", opset_version=13).path).ir_version == 7

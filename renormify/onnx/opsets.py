@@ -67,7 +67,7 @@ def _lower(node: ir.Node, opset: int, older: int) -> Refusal | None:
     for name, attribute in [*node.attributes.items()]:
         if name in old.attributes:
             continue
-        if not (attribute.value == _default(new, name) or _is_even_split(node, name)):
+        if not (attribute.value == _default(new, name) or _is_needless(node, name)):
             return Refusal(f"has {name}, which opset {older} does not know")
         del node.attributes[name]
     for position in range(old.max_input, len(node.inputs)):
@@ -90,11 +90,16 @@ def _default(schema: onnx.defs.OpSchema, name: str) -> object:
     return ir.serde.deserialize_attribute(default).value if default.name else None
 
 
-def _is_even_split(node: ir.Node, name: str) -> bool:
-    """Tell whether an attribute asks of a Split what it does without it: parts of one size."""
-    axis = node.attributes.get_int("axis", 0)
-    sizes = {None if value.shape is None else value.shape[axis] for value in node.outputs}
-    return node.op_type == "Split" and name == "num_outputs" and len(sizes) == 1 and None not in sizes
+def _is_needless(node: ir.Node, name: str) -> bool:
+    """Tell whether an attribute asks for what the operator does without it too."""
+    if (node.op_type, name) == ("Split", "num_outputs"):  # into parts of one size
+        axis = node.attributes.get_int("axis", 0)
+        sizes = {None if value.shape is None else value.shape[axis] for value in node.outputs}
+        return len(sizes) == 1 and None not in sizes
+    if (node.op_type, name) == ("Reshape", "allowzero"):  # where there is no zero to allow
+        shape = read_integers(node, "shape", 1)
+        return not isinstance(shape, Refusal) and shape is not None and 0 not in shape
+    return False
 
 
 def _type_name(value: ir.Value | None) -> str | None:
