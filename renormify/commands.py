@@ -7,7 +7,7 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,6 @@ from renormify.subjects import (
     names_program,
     read_checkpoint,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "Request",

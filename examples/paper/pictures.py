@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper.intervals import Mean, difference, mean
-from paper.records import Result
-from paper.settings import LABELS, Arm, Study, finetune_name, scratch_name
+from paper.settings import LABELS, Study, finetune_name, scratch_name
 from paper.tables import NAMES, NETWORKS, Results, finals, values
 
 COLOURS = {"bn": "#b5443c", "br": "#2f6db3", "frozen": "#8a8a8a", "gn": "#c79a2a"}
@@ -58,10 +57,6 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Sequ
     return figure, list(axes)
 
 
-def _found(study: Study, arm: Arm, results: Results) -> list[Result] | None:
-    return finals(arm, results, study.seeds if arm in study.main else study.few_seeds)
-
-
 def _errors(points: Sequence[Mean]) -> list[float]:
     return [0.0 if point.half != point.half else 100 * point.half for point in points]
 
@@ -70,7 +65,7 @@ def microbatch(study: Study, results: Results) -> Figure | None:
     """Left: accuracy by microbatch; right: how it rises at microbatch 2."""
     sizes = (32, 4, 2)
     found = {
-        (norm, size): _found(study, study.arm(scratch_name(norm, size)), results)
+        (norm, size): finals(study, study.arm(scratch_name(norm, size)), results)
         for norm in ("bn", "br")
         for size in sizes
     }
@@ -108,7 +103,7 @@ def biased(study: Study, results: Results) -> Figure | None:
     """Accuracy by batch statistics and by running ones, for microbatches of all, two, and one label."""
     drawn = (LABELS, 2, 1)
     found = {
-        (norm, labels): _found(study, study.arm(scratch_name(norm, 32, labels)), results)
+        (norm, labels): finals(study, study.arm(scratch_name(norm, 32, labels)), results)
         for norm in ("bn", "br")
         for labels in drawn
     }
@@ -137,7 +132,7 @@ def biased(study: Study, results: Results) -> Figure | None:
 
 def ablation(study: Study, results: Results) -> Figure | None:
     """What each variant changes."""
-    if any(run.key() not in results for name in study.ablated for run in study.arm(name).tuning()):
+    if not all(study.arm(name).is_tuned(results) for name in study.ablated):
         return None
     cells = list(study.ablation(results))
     if any(run.key() not in results for _, _, runs in cells for run in runs):
@@ -172,7 +167,7 @@ def finetuning(study: Study, results: Results) -> Figure | None:
     figure, (axis,) = _figure(8, 3.6)
     for place, (norm, recalibrate) in enumerate(ways):
         found = [
-            _found(study, study.arm(finetune_name(*cell[:1], norm, *cell[1:], recalibrate)), results)
+            finals(study, study.arm(finetune_name(*cell[:1], norm, *cell[1:], recalibrate)), results)
             for cell in cells
         ]
         if None in found:

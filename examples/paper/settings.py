@@ -93,6 +93,10 @@ class Arm:
         choices = (dict(zip(self.grid, point, strict=True)) for point in points)
         return [replace(self.base, **choice, seed=TUNING_SEED, test=0) for choice in choices]
 
+    def is_tuned(self, results: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether all is there that the choice is made from."""
+        return all(run.key() in results for run in self.tuning())
+
     def chosen(self, results: Mapping[str, Mapping[str, Any]]) -> Run:
         """The combination with the best validation accuracy, the first among equals."""
         tried = self.tuning()
@@ -127,6 +131,10 @@ class Study:
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in (*self.main, *self.finetuning) if arm.name == name)
+
+    def seeds_of(self, arm: Arm) -> int:
+        """How many runs an arm has."""
+        return self.seeds if arm in self.main else self.few_seeds
 
     def ablation(self, results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, list[Run]]]:
         """Arm, variant, and its runs."""

@@ -51,11 +51,11 @@ def fill(text: str, found: Mapping[str, str]) -> str:
     return text
 
 
-def finals(arm: Arm, results: Results, seeds: int) -> list[Result] | None:
-    """An arm's results by seed, as many seeds as all have; None where a run is missing."""
-    if any(run.key() not in results for run in arm.tuning()):
+def finals(study: Study, arm: Arm, results: Results) -> list[Result] | None:
+    """An arm's results by seed; None where a run is missing."""
+    if not arm.is_tuned(results):
         return None
-    runs = [run.key() for run in arm.finals(results, seeds)]
+    runs = [run.key() for run in arm.finals(results, study.seeds_of(arm))]
     return [results[key] for key in runs] if all(key in results for key in runs) else None
 
 
@@ -79,7 +79,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _pair(study: Study, results: Results, size: int, labels: int = LABELS) -> list[list[Result]] | None:
     """BatchNorm's results and Batch Renorm's."""
     arms = [study.arm(scratch_name(norm, size, labels)) for norm in ("bn", "br")]
-    pair = [found for arm in arms if (found := finals(arm, results, study.seeds)) is not None]
+    pair = [found for arm in arms if (found := finals(study, arm, results)) is not None]
     return pair if len(pair) == 2 else None
 
 
@@ -130,12 +130,12 @@ def _share(reference: Sequence[float], bn: Sequence[float], br: Sequence[float])
 
 def biased(study: Study, results: Results) -> str:
     """Finding 3."""
-    reference = finals(study.arm(scratch_name("bn", 32)), results, study.seeds)
+    reference = finals(study, study.arm(scratch_name("bn", 32)), results)
     rows = []
     for labels in (2, 1):
-        bn = finals(study.arm(scratch_name("bn", 32, labels)), results, study.seeds)
+        bn = finals(study, study.arm(scratch_name("bn", 32, labels)), results)
         for norm in MOVING:
-            found = finals(study.arm(scratch_name(norm, 32, labels)), results, study.seeds)
+            found = finals(study, study.arm(scratch_name(norm, 32, labels)), results)
             if found is None or bn is None or reference is None:
                 rows.append([str(labels), NAMES[norm], *[NONE] * 4])
                 continue
@@ -151,7 +151,7 @@ def overfitting(study: Study, results: Results) -> str:
     rows = []
     for labels in (LABELS, 2, 1):
         for norm in ("bn", "br"):
-            found = finals(study.arm(scratch_name(norm, 32, labels)), results, study.seeds)
+            found = finals(study, study.arm(scratch_name(norm, 32, labels)), results)
             drawn = "all" if labels == LABELS else str(labels)
             if found is None:
                 rows.append([drawn, NAMES[norm], *[NONE] * 3])
@@ -183,7 +183,7 @@ def ablation(study: Study, results: Results) -> str:
     """Finding 6."""
     columns: dict[str, dict[str, list[str]]] = {}
     for name in study.ablated:
-        if any(run.key() not in results for run in study.arm(name).tuning()):
+        if not study.arm(name).is_tuned(results):
             return NONE
         base: list[float] | None = None
         for arm, variant, runs in study.ablation(results):
@@ -220,9 +220,8 @@ def finetuning(study: Study, results: Results) -> str:
     for norm, recalibrate in norms:
         row = [NAMES[norm] + (", recalibrated first" if recalibrate else "")]
         for network, size, labels in cells:
-            found = finals(
-                study.arm(finetune_name(network, norm, size, labels, recalibrate)), results, study.few_seeds
-            )
+            arm = study.arm(finetune_name(network, norm, size, labels, recalibrate))
+            found = finals(study, arm, results)
             row.append(NONE if found is None else mean(values(found)).percent())
         rows.append(row)
     drawn = {LABELS: "shuffled", 1: "one label"}
@@ -233,8 +232,7 @@ def deployment(study: Study, results: Results) -> str:
     """Finding 8."""
     rows = []
     for arm in (*study.main, *study.finetuning):
-        seeds = study.seeds if arm in study.main else study.few_seeds
-        found = finals(arm, results, seeds)
+        found = finals(study, arm, results)
         if found and "onnx" in found[0]:
             onnx = found[0]["onnx"]
             differ = onnx["images"] - onnx["same"]
@@ -255,7 +253,7 @@ def settings(study: Study, results: Results) -> str:
     """What was chosen, and from what."""
     rows = []
     for arm in (*study.main, *study.finetuning):
-        if not arm.grid or any(run.key() not in results for run in arm.tuning()):
+        if not arm.grid or not arm.is_tuned(results):
             continue
         chosen = arm.chosen(results)
         tried = "; ".join(
