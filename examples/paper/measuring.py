@@ -47,7 +47,7 @@ def tested(model: nn.Module, run: Run, test: Images, unlabelled: list[Tensor]) -
     result: dict[str, Any] = {"test": accuracy(model, test)}
     if run.norm in MOVING:
         result["test_by_batch"] = _by_batch(model, run, test)
-        if run.network == "plain":
+        if run.from_scratch:
             result["test_recalibrated"] = _recalibrated(model, test, unlabelled)
     if run.norm == "br" and run.seed == 0:
         result["onnx"] = _exported(model, test)

@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper.settings import LABELS, Run
+from paper.settings import LABELS, RENORM, Run
 from renormify import BatchRenorm2d, freeze_stats, renormify
 from renormify.functional import batch_renorm
 
 # Width and number of the convolutions at 14, 7, 4 and 2 pixels; no shortcut goes round them.
-STAGES = ((16, 2), (32, 2), (48, 3), (48, 7))
+STAGES = {
+    "plain6": ((16, 1), (32, 1), (48, 2), (48, 2)),
+    "plain14": ((16, 2), (32, 2), (48, 3), (48, 7)),
+    "plain20": ((16, 2), (32, 2), (48, 3), (48, 13)),
+}
 
 
 class Microbatches(nn.Module):
@@ -69,46 +73,45 @@ class Workers(Microbatches):
             output = batch_renorm(*rest, r_max=norm.r_max, d_max=norm.d_max, stat=norm.stat)
         else:
             output = F.batch_norm(*rest)
-        mean, var = (buffer.view(workers, C) for buffer in known)
+        self.learn(input, *(buffer.view(workers, C) for buffer in known))
+        return output.view(self.size, workers, C, *spatial).transpose(0, 1).reshape(N, C, *spatial)
+
+    def learn(self, input: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Moves the running statistics, given what each worker would make of them, :math:`(workers, C)`."""
+        norm = self.norm
         norm.running_mean.copy_(mean.mean(0))
         if getattr(norm, "stat", "var") == "sigma":
             norm.running_var.copy_(((var + norm.eps).sqrt().mean(0).square() - norm.eps).clamp_(min=0))
         else:
             norm.running_var.copy_(var.mean(0))
-        return output.view(self.size, workers, C, *spatial).transpose(0, 1).reshape(N, C, *spatial)
 
 
-class Trailing(Microbatches):
-    """Normalises by the running statistics in training too; they move, and no gradient goes through any.
+class Pooled(Workers):
+    """Workers whose running statistics move by those of the step's images together, whatever their labels.
 
-    No layer of renormify, and none to train with: Batch Renorm's forward without the normalising in its
-    gradient, to tell what that does.
+    No way to train, since workers who could do this could normalise together too: with limits that never
+    bind, the forward no longer depends on how the images are dealt out to workers, and the gradient does.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    @torch.no_grad()
+    def learn(self, input: Tensor, mean: Tensor, var: Tensor) -> None:
         norm = self.norm
-        if not self.training:
-            return norm(input)
-        known = [buffer.clone() for buffer in (norm.running_mean, norm.running_var)]
-        output = F.batch_norm(input, *known, norm.weight, norm.bias, False, 0.0, norm.eps)
-        with torch.no_grad():
-            found = torch.var_mean(input.unflatten(0, (-1, self.size)), (1, 3, 4))
-            norm.running_var.lerp_(found[0].mean(0), norm.momentum)
-            norm.running_mean.lerp_(found[1].mean(0), norm.momentum)
-        return output
+        found_var, found_mean = torch.var_mean(input, (0, 2, 3))
+        norm.running_mean.lerp_(found_mean, norm.momentum)
+        norm.running_var.lerp_(found_var, norm.momentum)
 
 
 def build(run: Run) -> nn.Module:
     """The network of a run, as it is before the first step, with its norm layers as users have them."""
     torch.manual_seed(run.seed)
-    if run.network == "plain":
+    if run.from_scratch:
         return _plain(run)
     return _with_norm(PRETRAINED[run.network](), run)
 
 
 def for_training(model: nn.Module, run: Run) -> nn.Module:
     """The same network, whose norm layers see microbatches."""
-    kind = Trailing if run.norm == "trailing" else Workers if run.network == "plain" else Microbatches
+    kind = Pooled if run.norm == "pooled" else Workers if run.from_scratch else Microbatches
     return _replaced(model, (nn.BatchNorm2d, BatchRenorm2d), lambda norm: kind(norm, run.microbatch))
 
 
@@ -120,12 +123,12 @@ def for_deployment(model: nn.Module) -> nn.Module:
 def _plain(run: Run) -> nn.Sequential:
     layers: list[nn.Module] = []
     before = 1
-    for width, number in STAGES:
+    for width, number in STAGES[run.network]:
         for position in range(number):
             layers += [
                 nn.Conv2d(before, width, 3, 2 if position == 0 else 1, padding=1, bias=False),
                 nn.BatchNorm2d(width, momentum=run.momentum)
-                if run.norm != "br"
+                if run.norm not in RENORM
                 else BatchRenorm2d(width, momentum=run.momentum, stat=run.stat),
                 nn.ReLU(),
             ]

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper.intervals import Mean, difference, mean
-from paper.settings import LABELS, Study, finetune_name, scratch_name
-from paper.tables import NAMES, NETWORKS, Results, finals, values
+from paper.settings import LABELS, SIZES, Study, finetune_name
+from paper.tables import NAMES, NETWORKS, Results, ablated_title, finals, scratch, values
 
 COLOURS = {"bn": "#b5443c", "br": "#2f6db3", "frozen": "#8a8a8a", "gn": "#c79a2a"}
 STYLE = {
@@ -62,20 +62,19 @@ def _errors(points: Sequence[Mean]) -> list[float]:
 
 
 def microbatch(study: Study, results: Results) -> Figure | None:
-    """Left: accuracy by microbatch; right: how it rises at microbatch 2."""
-    sizes = (32, 4, 2)
+    """Of the deepest network: left, accuracy by microbatch; right, how it rises."""
     found = {
-        (norm, size): finals(study, study.arm(scratch_name(norm, size)), results)
+        (norm, size): scratch(study, results, "plain20", norm, size)
         for norm in ("bn", "br")
-        for size in sizes
+        for size in SIZES
     }
     if None in found.values():
         return None
     figure, (left, right) = _figure(8, 3.2, 2)
     for norm in ("bn", "br"):
-        points = [mean(values(found[norm, size])) for size in sizes]
+        points = [mean(values(found[norm, size])) for size in SIZES]
         left.errorbar(
-            range(len(sizes)),
+            range(len(SIZES)),
             [100 * point.value for point in points],
             _errors(points),
             marker="o",
@@ -91,7 +90,7 @@ def microbatch(study: Study, results: Results) -> Figure | None:
                 for points in zip(*curves, strict=True)
             ]
             right.plot(steps, heights, line, color=COLOURS[norm], label=f"{NAMES[norm]}, {size}")
-    left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    left.set_xticks(range(len(SIZES)), [str(size) for size in SIZES])
     left.set(xlabel="microbatch", ylabel="test accuracy, %")
     right.set(xlabel="step", ylabel="validation accuracy, %", ylim=(60, None))
     left.legend()
@@ -101,11 +100,11 @@ def microbatch(study: Study, results: Results) -> Figure | None:
 
 def biased(study: Study, results: Results) -> Figure | None:
     """Accuracy by batch statistics and by running ones, for microbatches of all, two, and one label."""
-    drawn = (LABELS, 2, 1)
+    drawn = {LABELS: 32, 2: 8, 1: 8}
     found = {
-        (norm, labels): finals(study, study.arm(scratch_name(norm, 32, labels)), results)
+        (norm, labels): scratch(study, results, "plain14", norm, size, labels)
         for norm in ("bn", "br")
-        for labels in drawn
+        for labels, size in drawn.items()
     }
     if None in found.values():
         return None
@@ -155,7 +154,7 @@ def ablation(study: Study, results: Results) -> Figure | None:
         )
         axis.set_yticks(places, list(accuracies) if axis is axes[0] else [""] * len(points))
         axis.axvline(0, color="#555555", linewidth=0.8)
-        axis.set(title=name.replace("br, ", ""), xlabel="points of accuracy")
+        axis.set(title=ablated_title(name), xlabel="points of accuracy")
     return figure
 
 

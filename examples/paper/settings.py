@@ -12,7 +12,8 @@ PROTOCOL = 1
 """Goes up when the way a run is done changes, so that results of the former way no longer count."""
 
 LABELS = 10
-MOVING = ("bn", "br", "trailing")
+RENORM = ("br", "pooled")
+MOVING = ("bn", *RENORM)
 """Norms whose running statistics move."""
 
 TUNING_SEED = 1000
@@ -24,10 +25,11 @@ class Run:
     """One training, whole and reproducible: the same settings give the same result on the same machine.
 
     Attributes:
-        network: "plain" is trained from scratch; "efficientnet_lite0" and "mobilenet_v2" are fine-tuned.
-        norm: "bn" and "br" are BatchNorm and Batch Renorm; "trailing" normalises by the running statistics
-            while they move; "frozen" is BatchNorm that keeps its pretrained statistics; "gn" is GroupNorm in
-            its place.
+        network: "plain6", "plain14" and "plain20", so many convolutions in a row, are trained from scratch;
+            "efficientnet_lite0" and "mobilenet_v2" are fine-tuned.
+        norm: "bn" and "br" are BatchNorm and Batch Renorm; "pooled" is Batch Renorm whose running statistics
+            move by those of all images of a step together; "frozen" is BatchNorm that keeps its pretrained
+            statistics; "gn" is GroupNorm in its place.
         microbatch: images that are normalised together.
         labels: how many of the ten labels a microbatch is drawn from; 10 means i.i.d.
         batch: images of an optimisation step, over whose microbatches gradients are averaged.
@@ -60,6 +62,10 @@ class Run:
     seed: int = 0
     test: int = 10_000
     protocol: int = PROTOCOL
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.network.startswith("plain")
 
     def key(self) -> str:
         """The settings in one line, the same for equal ones."""
@@ -161,9 +167,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def scratch_name(norm: str, microbatch: int, labels: int = LABELS) -> str:
+def scratch_name(network: str, norm: str, microbatch: int, labels: int = LABELS) -> str:
     drawn = "" if labels == LABELS else ", one label" if labels == 1 else f", {labels} labels"
-    return f"{norm}, microbatch {microbatch}{drawn}"
+    return f"{network}: {norm}, microbatch {microbatch}{drawn}"
 
 
 def finetune_name(network: str, norm: str, microbatch: int, labels: int, recalibrate: bool) -> str:
@@ -172,8 +178,19 @@ def finetune_name(network: str, norm: str, microbatch: int, labels: int, recalib
     return f"{network}: {norm}{first}, microbatch {microbatch}, {drawn}"
 
 
-SCRATCH = Run(network="plain", norm="bn", microbatch=32, batch=256, steps=400, lr=0.2, momentum=0.1)
-CELLS = ((32, LABELS), (4, LABELS), (2, LABELS), (32, 2), (32, 1))
+SCRATCH = Run(network="plain14", norm="bn", microbatch=32, batch=256, steps=400, lr=0.05, momentum=0.1)
+SIZES = (32, 4, 2)
+BIASED = ((32, 2), (8, 2), (32, 1), (8, 1))
+CELLS: Mapping[str, Sequence[tuple[int, int]]] = {
+    "plain20": tuple((size, LABELS) for size in SIZES),
+    "plain14": (*((size, LABELS) for size in SIZES), *BIASED),
+    "plain6": ((32, LABELS), (8, 1)),
+}
+"""Microbatch and labels of what is trained from scratch, with BatchNorm and with Batch Renorm."""
+
+CONTROLS = ((8, LABELS), (8, 1))
+"""Of "pooled", with limits that never bind: training's forward is evaluation's, whatever the microbatches;
+these can make themselves felt in the gradient alone."""
 
 FINETUNE = Run(
     network="efficientnet_lite0",
@@ -199,14 +216,16 @@ WITHOUT = {"lr": (2.5e-4, 5e-4, 1e-3, 2e-3)}
 
 
 def _scratch(run: Run, grid: Mapping[str, Sequence[float]]) -> tuple[Arm, ...]:
+    unlimited = replace(run, r_max=UNBOUNDED, d_max=UNBOUNDED, ramp=False, recalibrate=True)
+    arms = [
+        replace(run, network=network, norm=norm, microbatch=microbatch, labels=labels)
+        for network, cells in CELLS.items()
+        for microbatch, labels in cells
+        for norm in ("bn", "br")
+    ]
+    arms += [replace(unlimited, norm="pooled", microbatch=size, labels=labels) for size, labels in CONTROLS]
     return tuple(
-        Arm(
-            scratch_name(norm, microbatch, labels),
-            replace(run, norm=norm, microbatch=microbatch, labels=labels),
-            grid,
-        )
-        for microbatch, labels in CELLS
-        for norm in (("bn", "br") if labels == LABELS else MOVING)
+        Arm(scratch_name(arm.network, arm.norm, arm.microbatch, arm.labels), arm, grid) for arm in arms
     )
 
 
@@ -227,9 +246,11 @@ def _finetune(run: Run, networks: Sequence[str], microbatches: Sequence[int], tu
             )
 
 
+ABLATED = (scratch_name("plain20", "br", 2), scratch_name("plain14", "br", 8, 2))
+
 FULL = Study(
-    main=_scratch(SCRATCH, {"lr": (0.025, 0.05, 0.1), "momentum": (0.1, 0.03)}),
-    ablated=(scratch_name("br", 2), scratch_name("br", 32, 2)),
+    main=_scratch(SCRATCH, {"lr": (0.0125, 0.025, 0.05, 0.1), "momentum": (0.1, 0.03)}),
+    ablated=ABLATED,
     variants=VARIANTS,
     finetuning=(
         *_finetune(FINETUNE, ("efficientnet_lite0",), (2, 8), tuned=True),
@@ -241,7 +262,7 @@ FULL = Study(
 
 QUICK = Study(
     main=_scratch(replace(SCRATCH, steps=40, test=2_000), {}),
-    ablated=(scratch_name("br", 32, 2),),
+    ablated=ABLATED[1:],
     variants={name: VARIANTS[name] for name in ("as in the paper", "no ramp")},
     finetuning=tuple(
         _finetune(replace(FINETUNE, steps=10, test=500), ("efficientnet_lite0",), (2,), tuned=False)

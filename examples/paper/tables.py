@@ -10,17 +10,23 @@ from pathlib import Path
 
 from paper.intervals import difference, mean, p_text, p_value
 from paper.records import Result
-from paper.settings import LABELS, MOVING, Arm, Study, finetune_name, scratch_name
+from paper.settings import BIASED, CELLS, CONTROLS, LABELS, SIZES, Arm, Study, finetune_name, scratch_name
 
 Results = Mapping[str, Result]
 NAMES = {
     "bn": "BatchNorm",
     "br": "Batch Renorm",
-    "trailing": "running statistics alone",
+    "pooled": "Batch Renorm, pooled statistics, no limits",
     "frozen": "BatchNorm, frozen",
     "gn": "GroupNorm",
 }
-NETWORKS = {"efficientnet_lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2"}
+NETWORKS = {
+    "plain6": "6 layers",
+    "plain14": "14 layers",
+    "plain20": "20 layers",
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "mobilenet_v2": "MobileNetV2",
+}
 NONE = "to be run"
 BENCH = "python tests/bench/bench_layers.py --only layers,models --json examples/paper/bench.json"
 
@@ -30,6 +36,7 @@ def sections(study: Study, results: Results, bench: Path | None = None) -> dict[
     return {
         "microbatch": microbatch(study, results),
         "biased": biased(study, results),
+        "controls": controls(study, results),
         "overfitting": overfitting(study, results),
         "cost": cost(bench),
         "ablation": ablation(study, results),
@@ -76,37 +83,27 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _pair(study: Study, results: Results, size: int, labels: int = LABELS) -> list[list[Result]] | None:
-    """BatchNorm's results and Batch Renorm's."""
-    arms = [study.arm(scratch_name(norm, size, labels)) for norm in ("bn", "br")]
-    pair = [found for arm in arms if (found := finals(study, arm, results)) is not None]
-    return pair if len(pair) == 2 else None
+def scratch(
+    study: Study, results: Results, network: str, norm: str, size: int, labels: int = LABELS
+) -> list[Result] | None:
+    """The results of an arm trained from scratch, by seed; None where a run is missing."""
+    return finals(study, study.arm(scratch_name(network, norm, size, labels)), results)
 
 
 def microbatch(study: Study, results: Results) -> str:
     """Findings 1 and 2."""
-    reference = _pair(study, results, 32)
     rows = []
-    for size in (32, 4, 2):
-        pair = _pair(study, results, size)
-        if pair is None or reference is None:
-            rows.append([str(size), *[NONE] * 6])
-            continue
-        bn, br = (values(found) for found in pair)
-        curve_end = statistics.fmean(result["curve"][-1][1] for result in pair[0])
-        faster = [steps_to(found, curve_end) for found in pair]
-        rows.append(
-            [
-                str(size),
-                mean(bn).percent(),
-                mean(br).percent(),
-                difference(br, bn).percent(),
-                _p(br, bn),
-                "" if size == 32 else _share(values(reference[0]), bn, br),
-                " / ".join("never" if step is None else f"{step:g}" for step in faster),
-            ]
-        )
+    for network in ("plain20", "plain14"):
+        reference = scratch(study, results, network, "bn", 32)
+        for size in SIZES:
+            bn, br = (scratch(study, results, network, norm, size) for norm in ("bn", "br"))
+            cells = [NONE] * 6
+            if bn is not None and br is not None and reference is not None:
+                closed = "" if size == 32 else _share(*(values(found) for found in (reference, bn, br)))
+                cells = [*_compared(bn, br), closed, _faster(bn, br)]
+            rows.append([NETWORKS[network], str(size), *cells])
     header = (
+        "network",
         "microbatch",
         "BatchNorm",
         "Batch Renorm",
@@ -116,6 +113,23 @@ def microbatch(study: Study, results: Results) -> str:
         "steps to BatchNorm's end",
     )
     return markdown(header, rows)
+
+
+def _compared(bn: Sequence[Result], br: Sequence[Result]) -> list[str]:
+    plain, ours = values(bn), values(br)
+    return [
+        mean(plain).percent(),
+        mean(ours).percent(),
+        difference(ours, plain).percent(),
+        _p(ours, plain),
+    ]
+
+
+def _faster(bn: Sequence[Result], br: Sequence[Result]) -> str:
+    """The steps that each takes to where BatchNorm ends."""
+    end = statistics.fmean(result["curve"][-1][1] for result in bn)
+    taken = [steps_to(found, end) for found in (bn, br)]
+    return " / ".join("never" if step is None else f"{step:g}" for step in taken)
 
 
 def _p(found: Sequence[float], base: Sequence[float]) -> str:
@@ -129,37 +143,65 @@ def _share(reference: Sequence[float], bn: Sequence[float], br: Sequence[float])
 
 
 def biased(study: Study, results: Results) -> str:
-    """Finding 3."""
-    reference = finals(study, study.arm(scratch_name("bn", 32)), results)
+    """Finding 3, and what limits it."""
+    cells = [("plain14", *cell) for cell in BIASED]
+    cells += [("plain6", size, labels) for size, labels in CELLS["plain6"] if labels != LABELS]
     rows = []
-    for labels in (2, 1):
-        bn = finals(study, study.arm(scratch_name("bn", 32, labels)), results)
-        for norm in MOVING:
-            found = finals(study, study.arm(scratch_name(norm, 32, labels)), results)
-            if found is None or bn is None or reference is None:
-                rows.append([str(labels), NAMES[norm], *[NONE] * 4])
+    for network, size, labels in cells:
+        reference, plain = (
+            scratch(study, results, network, "bn", *cell) for cell in ((32, LABELS), (size, labels))
+        )
+        for norm in ("bn", "br"):
+            row = [NETWORKS[network], str(labels), str(size), NAMES[norm]]
+            found = scratch(study, results, network, norm, size, labels)
+            if found is None or plain is None or reference is None:
+                rows.append([*row, *[NONE] * 4])
                 continue
-            plain, ours = values(bn), values(found)
-            versus = ("", "") if norm == "bn" else (_share(values(reference), plain, ours), _p(ours, plain))
+            ours, theirs = values(found), values(plain)
+            versus = ("", "") if norm == "bn" else (_share(values(reference), theirs, ours), _p(ours, theirs))
             again = mean(values(found, "test_recalibrated")).percent()
-            rows.append([str(labels), NAMES[norm], mean(ours).percent(), *versus, again])
-    return markdown(("labels", "norm", "accuracy", "gap closed", "p", "recalibrated afterwards"), rows)
+            rows.append([*row, mean(ours).percent(), *versus, again])
+    header = (
+        "network",
+        "labels",
+        "microbatch",
+        "norm",
+        "accuracy",
+        "gap closed",
+        "p",
+        "recalibrated afterwards",
+    )
+    return markdown(header, rows)
+
+
+def controls(study: Study, results: Results) -> str:
+    """What of finding 3 lies in the gradient."""
+    rows = []
+    for size, labels in CONTROLS:
+        found = scratch(study, results, "plain14", "pooled", size, labels)
+        drawn = "all" if labels == LABELS else str(labels)
+        cells = [NONE] * 2
+        if found is not None:
+            cells = [mean(values(found, key)).percent() for key in ("test", "test_by_batch")]
+        rows.append([drawn, str(size), *cells])
+    return markdown(("labels", "microbatch", "accuracy", "by batch statistics"), rows)
 
 
 def overfitting(study: Study, results: Results) -> str:
     """Finding 4."""
     rows = []
-    for labels in (LABELS, 2, 1):
+    for size, labels in ((32, LABELS), *BIASED):
         for norm in ("bn", "br"):
-            found = finals(study, study.arm(scratch_name(norm, 32, labels)), results)
-            drawn = "all" if labels == LABELS else str(labels)
+            found = scratch(study, results, "plain14", norm, size, labels)
+            row = ["all" if labels == LABELS else str(labels), str(size), NAMES[norm]]
             if found is None:
-                rows.append([drawn, NAMES[norm], *[NONE] * 3])
+                rows.append([*row, *[NONE] * 3])
                 continue
             batch, running = values(found, "test_by_batch"), values(found)
             gap = difference(batch, running).percent()
-            rows.append([drawn, NAMES[norm], mean(batch).percent(), mean(running).percent(), gap])
-    return markdown(("labels", "norm", "by batch statistics", "by running statistics", "difference"), rows)
+            rows.append([*row, mean(batch).percent(), mean(running).percent(), gap])
+    header = ("labels", "microbatch", "norm", "by batch statistics", "by running statistics", "difference")
+    return markdown(header, rows)
 
 
 def cost(bench: Path | None) -> str:
@@ -198,12 +240,17 @@ def ablation(study: Study, results: Results) -> str:
             cells[name] = [mean(found).percent(), "" if found is base else _gap(found, base)]
     header = ["variant"]
     for name in study.ablated:
-        header += [name.replace("br, ", ""), "difference (p)"]
+        header += [ablated_title(name), "difference (p)"]
     rows = [
         [variant, *(text for name in study.ablated for text in cells[name])]
         for variant, cells in columns.items()
     ]
     return markdown(header, rows)
+
+
+def ablated_title(name: str) -> str:
+    network, _, cell = name.partition(": br, ")
+    return f"{NETWORKS[network]}, {cell}"
 
 
 def _gap(found: Sequence[float], base: Sequence[float]) -> str:

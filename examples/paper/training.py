@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paper.data import IMAGENET, Data, Sampler, load
 from paper.measuring import accuracy, tested
 from paper.networks import build, for_training
-from paper.settings import MOVING, Run
+from paper.settings import MOVING, RENORM, Run
 from renormify import ConstantSchedule, PaperSchedule, RenormScheduler, recalibrate
 
 WARM_UP = 20
@@ -45,7 +45,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     if run.norm in MOVING:
         model = for_training(model, run)
     result = _train(model, run, data)
-    validation = data.validation if run.network == "plain" else data.validation.first(1_000)
+    validation = data.validation if run.from_scratch else data.validation.first(1_000)
     result["validation"] = accuracy(model, validation)
     if run.test:
         result |= tested(model, run, data.test.first(run.test), _unlabelled(run, data))
@@ -53,7 +53,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _kind(run: Run) -> str:
-    return "plain" if run.network == "plain" else "pretrained"
+    return "plain" if run.from_scratch else "pretrained"
 
 
 @functools.lru_cache(maxsize=2)
@@ -71,7 +71,7 @@ _counted: dict[tuple[str, str], dict[str, Tensor]] = {}
 def _statistics(run: Run, model: nn.Module, data: Data) -> dict[str, Tensor]:
     """The model's running statistics counted anew; those of a pretrained one are the same in every run."""
     key = (run.network, run.norm)
-    if run.network == "plain" or key not in _counted:
+    if run.from_scratch or key not in _counted:
         recalibrate(model, _unlabelled(run, data))
         _counted[key] = {
             name: buffer.clone() for name, buffer in model.named_buffers() if ".running_" in f".{name}"
@@ -83,7 +83,7 @@ def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
     sampler = Sampler(data.train.labels, run.microbatch, run.labels, run.seed)
     optimizer = _optimizer(model, run)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, run.steps))
-    limits = RenormScheduler(model, _schedule(run)) if run.norm == "br" else None
+    limits = RenormScheduler(model, _schedule(run)) if run.norm in RENORM else None
     points, number = CURVE[_kind(run)]
     every, watched = max(1, run.steps // points), data.validation.first(number)
     curve: list[tuple[int, float]] = []
@@ -108,7 +108,7 @@ def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
 
 
 def _optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
-    if run.network == "plain":
+    if run.from_scratch:
         return torch.optim.SGD(model.parameters(), lr=run.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
     return torch.optim.AdamW(model.parameters(), lr=run.lr)
 
