@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from paper.data import Images, Sampler
 from paper.networks import for_deployment
-from paper.settings import MOVING, Run
+from paper.settings import Run
 from renormify import recalibrate
 from renormify.onnx import export_onnx
 
-CHUNK = 250
+CHUNK = 50
 FLOAT_NOISE = 1e-4
 """Two logits that lie closer than this, relative to the largest, are a tie."""
 
@@ -39,16 +39,15 @@ def tested(model: nn.Module, run: Run, test: Images, unlabelled: list[Tensor]) -
     """What the test images say of a trained model.
 
     Returns:
-        ``test``, the accuracy in evaluation mode; of networks whose norm depends on the batch also
-        ``test_by_batch``, with every microbatch normalised as in training, drawn from as many labels, and
+        ``test``, the accuracy in evaluation mode; of what was trained from scratch also ``test_by_batch``,
+        with every microbatch normalised as in training, drawn from as many labels, and
         ``test_recalibrated``, with running statistics counted anew on training images; of Batch Renorm with
         seed 0 ``onnx``, how the exported file classifies.
     """
     result: dict[str, Any] = {"test": accuracy(model, test)}
-    if run.norm in MOVING:
+    if run.from_scratch:
         result["test_by_batch"] = _by_batch(model, run, test)
-        if run.from_scratch:
-            result["test_recalibrated"] = _recalibrated(model, test, unlabelled)
+        result["test_recalibrated"] = _recalibrated(model, test, unlabelled)
     if run.norm == "br" and run.seed == 0:
         result["onnx"] = _exported(model, test)
     return result

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper.intervals import Mean, difference, mean
-from paper.settings import LABELS, SIZES, Study, finetune_name
+from paper.settings import ARMS, LABELS, SIZES, Study, finetune_name
 from paper.tables import NAMES, NETWORKS, Results, ablated_title, finals, scratch, values
 
 COLOURS = {"bn": "#b5443c", "br": "#2f6db3", "frozen": "#8a8a8a", "gn": "#c79a2a"}
@@ -160,9 +160,7 @@ def ablation(study: Study, results: Results) -> Figure | None:
 
 def finetuning(study: Study, results: Results) -> Figure | None:
     """Accuracy of each way to fine-tune, by network and kind of microbatch."""
-    bases = [arm.base for arm in study.finetuning]
-    cells = list(dict.fromkeys((base.network, base.microbatch, base.labels) for base in bases))
-    ways = list(dict.fromkeys((base.norm, base.recalibrate) for base in bases))
+    cells, ways = study.finetuned, ARMS
     figure, (axis,) = _figure(8, 3.6)
     for place, (norm, recalibrate) in enumerate(ways):
         found = [

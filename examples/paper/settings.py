@@ -85,11 +85,13 @@ class Arm:
         base: without a choice made.
         grid: values of fields of :class:`Run`, each combination of which is tried once on the validation
             images. Every arm of a comparison has as many combinations.
+        like: an arm whose choice this one takes over.
     """
 
     name: str
     base: Run
     grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    like: Arm | None = None
 
     def tuning(self) -> list[Run]:
         """The runs that the choice is made from."""
@@ -101,10 +103,15 @@ class Arm:
 
     def is_tuned(self, results: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether all is there that the choice is made from."""
+        if self.like:
+            return self.like.is_tuned(results)
         return all(run.key() in results for run in self.tuning())
 
     def chosen(self, results: Mapping[str, Mapping[str, Any]]) -> Run:
         """The combination with the best validation accuracy, the first among equals."""
+        if self.like:
+            chosen = self.like.chosen(results)
+            return replace(self.base, **{name: getattr(chosen, name) for name in self.like.grid})
         tried = self.tuning()
         if not tried:
             return self.base
@@ -123,6 +130,7 @@ class Study:
     Attributes:
         main: findings 1 to 4.
         ablation: from the arm named first, with its choice of learning rate and momentum.
+        finetuned: network, microbatch and labels of what is fine-tuned.
         finetuning: finding 7.
         seeds: of the main arms.
         few_seeds: of the ablation and of the fine-tuning.
@@ -131,6 +139,7 @@ class Study:
     main: tuple[Arm, ...]
     ablated: tuple[str, ...]
     variants: Mapping[str, Mapping[str, Any]]
+    finetuned: tuple[tuple[str, int, int], ...]
     finetuning: tuple[Arm, ...]
     seeds: int
     few_seeds: int
@@ -211,8 +220,11 @@ ARMS = (
     ("br", False),
     ("br", True),
 )
-WITH_MOMENTUM = {"lr": (5e-4, 2e-3), "momentum": (0.01, 0.003)}
-WITHOUT = {"lr": (2.5e-4, 5e-4, 1e-3, 2e-3)}
+WITH_MOMENTUM = {"lr": (5e-4, 2e-3), "momentum": (0.03, 0.01, 0.003)}
+WITHOUT = {"lr": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
+SEARCHED = tuple(("efficientnet_lite0", size, labels) for size in (2, 8) for labels in (LABELS, 1))
+REPEATED = tuple(("mobilenet_v2", 2, labels) for labels in (LABELS, 1))
+"""With the settings that the other network's runs led to."""
 
 
 def _scratch(run: Run, grid: Mapping[str, Sequence[float]]) -> tuple[Arm, ...]:
@@ -229,21 +241,23 @@ def _scratch(run: Run, grid: Mapping[str, Sequence[float]]) -> tuple[Arm, ...]:
     )
 
 
-def _finetune(run: Run, networks: Sequence[str], microbatches: Sequence[int], tuned: bool) -> Iterator[Arm]:
-    for network, microbatch, labels in itertools.product(networks, microbatches, (LABELS, 1)):
-        for norm, recalibrate in ARMS:
-            yield Arm(
-                finetune_name(network, norm, microbatch, labels, recalibrate),
-                replace(
-                    run,
-                    network=network,
-                    norm=norm,
-                    microbatch=microbatch,
-                    labels=labels,
-                    recalibrate=recalibrate,
-                ),
-                (WITH_MOMENTUM if norm in MOVING else WITHOUT) if tuned else {},
-            )
+def _finetune(run: Run, cells: Sequence[tuple[str, int, int]], tuned: bool) -> tuple[Arm, ...]:
+    arms: dict[str, Arm] = {}
+    for (network, size, labels), (norm, recalibrate) in itertools.product(cells, ARMS):
+        # Where neither the norm nor the order of the images knows of microbatches, one run serves all sizes.
+        known = size if norm in MOVING or labels != LABELS else run.batch
+        base = replace(
+            run, network=network, norm=norm, microbatch=known, labels=labels, recalibrate=recalibrate
+        )
+        name = finetune_name(network, norm, size, labels, recalibrate)
+        if not tuned:
+            arms[name] = Arm(name, base)
+        elif (network, size, labels) in REPEATED:
+            searched = arms[finetune_name(SEARCHED[0][0], norm, size, labels, recalibrate)]
+            arms[name] = Arm(name, base, like=searched)
+        else:
+            arms[name] = Arm(name, base, WITH_MOMENTUM if norm in MOVING else WITHOUT)
+    return tuple(arms.values())
 
 
 ABLATED = (scratch_name("plain20", "br", 2), scratch_name("plain14", "br", 8, 2))
@@ -252,10 +266,8 @@ FULL = Study(
     main=_scratch(SCRATCH, {"lr": (0.0125, 0.025, 0.05, 0.1), "momentum": (0.1, 0.03)}),
     ablated=ABLATED,
     variants=VARIANTS,
-    finetuning=(
-        *_finetune(FINETUNE, ("efficientnet_lite0",), (2, 8), tuned=True),
-        *_finetune(FINETUNE, ("mobilenet_v2",), (2,), tuned=False),
-    ),
+    finetuned=SEARCHED + REPEATED,
+    finetuning=_finetune(FINETUNE, SEARCHED + REPEATED, tuned=True),
     seeds=5,
     few_seeds=3,
 )
@@ -264,9 +276,8 @@ QUICK = Study(
     main=_scratch(replace(SCRATCH, steps=40, test=2_000), {}),
     ablated=ABLATED[1:],
     variants={name: VARIANTS[name] for name in ("as in the paper", "no ramp")},
-    finetuning=tuple(
-        _finetune(replace(FINETUNE, steps=10, test=500), ("efficientnet_lite0",), (2,), tuned=False)
-    ),
-    seeds=2,
+    finetuned=SEARCHED[:2],
+    finetuning=_finetune(replace(FINETUNE, steps=10, test=500), SEARCHED[:2], tuned=False),
+    seeds=1,
     few_seeds=1,
 )

@@ -10,7 +10,18 @@ from pathlib import Path
 
 from paper.intervals import difference, mean, p_text, p_value
 from paper.records import Result
-from paper.settings import BIASED, CELLS, CONTROLS, LABELS, SIZES, Arm, Study, finetune_name, scratch_name
+from paper.settings import (
+    ARMS,
+    BIASED,
+    CELLS,
+    CONTROLS,
+    LABELS,
+    SIZES,
+    Arm,
+    Study,
+    finetune_name,
+    scratch_name,
+)
 
 Results = Mapping[str, Result]
 NAMES = {
@@ -260,19 +271,18 @@ def _gap(found: Sequence[float], base: Sequence[float]) -> str:
 
 def finetuning(study: Study, results: Results) -> str:
     """Finding 7."""
-    bases = {arm.name: arm.base for arm in study.finetuning}
-    cells = list(dict.fromkeys((b.network, b.microbatch, b.labels) for b in bases.values()))
-    norms = list(dict.fromkeys((b.norm, b.recalibrate) for b in bases.values()))
     rows = []
-    for norm, recalibrate in norms:
+    for norm, recalibrate in ARMS:
         row = [NAMES[norm] + (", recalibrated first" if recalibrate else "")]
-        for network, size, labels in cells:
+        for network, size, labels in study.finetuned:
             arm = study.arm(finetune_name(network, norm, size, labels, recalibrate))
             found = finals(study, arm, results)
             row.append(NONE if found is None else mean(values(found)).percent())
         rows.append(row)
     drawn = {LABELS: "shuffled", 1: "one label"}
-    return markdown(["", *(f"{NETWORKS[n]}, {size}, {drawn[labels]}" for n, size, labels in cells)], rows)
+    return markdown(
+        ["", *(f"{NETWORKS[n]}, {size}, {drawn[labels]}" for n, size, labels in study.finetuned)], rows
+    )
 
 
 def deployment(study: Study, results: Results) -> str:

@@ -21,8 +21,8 @@ from renormify import ConstantSchedule, PaperSchedule, RenormScheduler, recalibr
 WARM_UP = 20
 PIXELS = 64  # of what the pretrained networks are given
 
-# While a run goes on: so many points of accuracy, each on so many validation images.
-CURVE = {"plain": (20, 1_000), "pretrained": (5, 500)}
+# While a run goes on: the steps between two points of accuracy, each on so many validation images.
+CURVE = {"plain": (20, 1_000), "pretrained": (40, 500)}
 # Unlabelled images that statistics are counted on, in batches of 64.
 COUNTED = {"plain": 2_048, "pretrained": 256}
 
@@ -44,6 +44,8 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         model.load_state_dict(_statistics(run, model, data), strict=False)
     if run.norm in MOVING:
         model = for_training(model, run)
+    if not run.from_scratch:
+        model = model.to(memory_format=torch.channels_last)  # two thirds of the time
     result = _train(model, run, data)
     validation = data.validation if run.from_scratch else data.validation.first(1_000)
     result["validation"] = accuracy(model, validation)
@@ -84,8 +86,8 @@ def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
     optimizer = _optimizer(model, run)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, run.steps))
     limits = RenormScheduler(model, _schedule(run)) if run.norm in RENORM else None
-    points, number = CURVE[_kind(run)]
-    every, watched = max(1, run.steps // points), data.validation.first(number)
+    every, number = CURVE[_kind(run)]
+    watched = data.validation.first(number)
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
     for step in range(1, run.steps + 1):
@@ -101,7 +103,7 @@ def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-        if step % every == 0:
+        if step % every == 0 or step == run.steps:
             curve.append((step, accuracy(model, watched)))
     last = losses[-max(1, run.steps // 20) :]
     return {"curve": curve, "train_loss": sum(last) / len(last), "diverged": not math.isfinite(losses[-1])}
