@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,12 @@ from torch import fx
 __all__ = [
     "NORM_FUNCTIONS",
     "NormCall",
+    "arguments_of",
+    "calls_any",
+    "gives_statistics",
     "index_of",
     "norm_calls",
+    "number_of_results",
     "operator_name",
     "unknown_calls",
 ]
@@ -41,7 +45,15 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     _aten._batch_norm_no_update.default: _FIXED,
 }
 _EVALUATING = (_aten._native_batch_norm_legit_no_training.default, _aten._batch_norm_no_update.default)
-_SINGLE = (F.batch_norm, torch.batch_norm, _aten.batch_norm.default)
+_FUNCTIONAL = (
+    _aten._native_batch_norm_legit_functional.default,
+    _aten._batch_norm_with_update_functional.default,
+)
+_RESULTS = {
+    function: len(function._schema.returns)
+    for function in _ARGUMENTS
+    if isinstance(function, torch._ops.OpOverload)
+} | {F.batch_norm: 1, torch.batch_norm: 1, torch.native_batch_norm: 3}
 _DEFAULTS = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
 
 
@@ -57,12 +69,7 @@ class NormCall:
 
         Read anew each time: rewriting one call exchanges the input of the next.
         """
-        target = _overload(self.node.target)
-        names = _ARGUMENTS[target]
-        given = zip(names, self.node.args, strict=False)  # a further argument chooses a kernel
-        arguments = {**_DEFAULTS, **dict(given), **self.node.kwargs}
-        if "training" not in names:
-            arguments["training"] = target not in _EVALUATING
+        arguments = arguments_of(self.node.target, self.node.args, self.node.kwargs)
         for name in ("running_mean", "running_var"):
             arguments[name] = _origin(arguments.get(name))
         return arguments
@@ -70,12 +77,33 @@ class NormCall:
     @property
     def single(self) -> bool:
         """Whether the call gives its output alone, rather than the first of several."""
-        return _overload(self.node.target) in _SINGLE
+        return number_of_results(self.node.target) == 1
 
     @property
     def trains(self) -> bool:
         """Whether the call, as it was recorded, normalises by the batch."""
         return self.arguments["training"] is not False
+
+
+def arguments_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, by their names in :func:`torch.nn.functional.batch_norm`."""
+    target = _overload(function)
+    names = _ARGUMENTS[target]
+    given = zip(names, args, strict=False)  # a further argument chooses a kernel
+    arguments = {**_DEFAULTS, **dict(given), **kwargs}
+    if "training" not in names:
+        arguments["training"] = target not in _EVALUATING
+    return arguments
+
+
+def number_of_results(function: Any) -> int:
+    """How many one of the functions gives."""
+    return _RESULTS[_overload(function)]
+
+
+def gives_statistics(function: Any) -> bool:
+    """Whether it moves no statistics itself: the last two of its results are what they move to."""
+    return _overload(function) in _FUNCTIONAL
 
 
 def index_of(node: fx.Node) -> Any:
@@ -104,6 +132,11 @@ def norm_calls(graph: fx.Graph) -> Iterator[NormCall]:
             call = NormCall(node)
             if call.arguments["running_mean"] is not None:
                 yield call
+
+
+def calls_any(graph: fx.Graph) -> bool:
+    """Whether any node is a call of batch_norm, with running statistics or without."""
+    return any(node.op == "call_function" and _overload(node.target) in _ARGUMENTS for node in graph.nodes)
 
 
 def _overload(target: Any) -> Any:

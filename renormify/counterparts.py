@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from renormify.forwards import TrainingForward
 from renormify.functional import is_proxy
+from renormify.interception import own_call_renormalised
 from renormify.kernels import per_channel
 from renormify.layers import (
     AnyBatchRenorm,
@@ -154,7 +154,7 @@ _OF_A_LAYER = (
     "_warned",
     "converted_from",
 )
-_ATTRIBUTES = {False: (*_OF_A_LAYER, "rewritten"), True: (*_OF_A_LAYER, "lent", "order")}
+_ATTRIBUTES = {False: (*_OF_A_LAYER, "calls_itself"), True: (*_OF_A_LAYER, "lent", "order")}
 
 _made: dict[tuple[type[nn.Module], type[Renormalised]], type[Renormalised]] = {}
 
@@ -180,18 +180,24 @@ def _new(original: type[nn.Module], base: type[Renormalised]) -> Renormalised:
 
 
 class WithOwnForward(_Derived):
-    """A derived class with a forward of its own."""
+    """A derived class with a forward of its own.
 
-    rewritten: TrainingForward | None = None
+    Attributes:
+        calls_itself: whether that calls batch_norm; else it leaves the normalising to super(), which is Batch
+            Renorm.
+    """
+
+    calls_itself = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class has it, with its calls of batch_norm rewritten."""
+        """As the class has it, with its call of batch_norm renormalised."""
         if is_proxy(*args, *kwargs.values()):
             return kept_whole(self, *args, **kwargs)
-        if self.rewritten is None:  # it leaves the normalising to super(), which is Batch Renorm
+        if not self.calls_itself:
             return super().forward(*args, **kwargs)
         if self.training:
-            return self.rewritten(self, *args, **kwargs)
+            with own_call_renormalised(cast("Renormalised", self)):
+                return super().forward(*args, **kwargs)
         with self._statistics_as_the_weight():
             return super().forward(*args, **kwargs)
 
@@ -224,6 +230,13 @@ class Thawed(_Derived, Renormalised):
                 self.register_parameter(name, nn.Parameter(constant))
         lent = {"momentum": momentum} | ({} if hasattr(self, "eps") else {"eps": 1e-5})
         vars(self).update(lent, lent=tuple(lent), order=order)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """In the order that it was in, which has no parameters before the buffers."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in [prefix + name for name in vars(self)["order"]]:
+            if key in destination:
+                destination[key] = destination.pop(key)
 
     def freeze(self) -> None:
         """Undoes :meth:`thaw`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from renormify.calls import NormCall, norm_calls
-from renormify.forwards import TrainingForward, calls_in_forward
 from renormify.functional import batch_renorm, is_proxy
-from renormify.graphs import FunctionRewrite, call_module, layer_of
+from renormify.graphs import call_module, layer_of
+from renormify.interception import CallsRenormalised, TrainingForward, is_rewritten
 from renormify.layers import Limited, is_batch_renorm, kept_whole
 from renormify.rules import convert_layer
 from renormify.settings import Settings
@@ -22,16 +22,29 @@ from renormify.sites import Site
 __all__ = ["BatchRenormCall", "calls_renorm", "convert_forward", "convert_graph", "restore_forward"]
 
 
-def convert_forward(module: nn.Module, sites: Iterable[Site], settings: Settings) -> None:
-    """Rewrites calls in a module's own forward. It keeps its class, and gets ``r_max`` and ``d_max``."""
+def convert_forward(
+    module: nn.Module, sites: Iterable[Site], left: Iterable[Site], settings: Settings
+) -> None:
+    """Converts calls in a module's own forward. It keeps its class, and gets ``r_max`` and ``d_max``.
+
+    Args:
+        module: whose class has the forward.
+        sites: those of its calls that are to be converted.
+        left: those that stay.
+        settings: for all of them.
+    """
     limits = {"r_max": float(settings.r_max), "d_max": float(settings.d_max), "calls_batch_renorm": True}
     vars(module).update(limits)
-    rewrite = FunctionRewrite(settings.momentum, settings.stat, settings.include_frozen)
-    chosen = {site.number for site in sites}
-    numbers = range(len(calls_in_forward(module, type(module).forward)[0]))
-    forward = TrainingForward(type(module).forward, rewrite, frozenset(numbers) - chosen)
-    forward.prepare(module)
-    vars(module)["forward"] = functools.partial(forward, module)
+    chosen = tuple(_statistics(sites))
+    staying = frozenset(_statistics(left)).difference(chosen)
+    calls = CallsRenormalised(settings.momentum, settings.stat, settings.include_frozen, chosen, staying)
+    vars(module)["forward"] = functools.partial(TrainingForward(type(module), calls), module)
+
+
+def _statistics(sites: Iterable[Site]) -> Iterator[str]:
+    """The names of the running means."""
+    means = (call.arguments["running_mean"] for site in sites for call in site.calls)
+    return (str(mean.target) for mean in means if isinstance(mean, fx.Node))
 
 
 class BatchNormCall(nn.Module):
@@ -188,17 +201,12 @@ def _make_layer(holder: Any, kind: type[nn.Module], call: NormCall, settings: Se
 
 def calls_renorm(module: nn.Module) -> bool:
     """Whether the module is a functional call that was converted, or has some in its own forward."""
-    return isinstance(module, BatchRenormCall) or _is_rewritten(module)
-
-
-def _is_rewritten(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    return isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward)
+    return isinstance(module, BatchRenormCall) or is_rewritten(module)
 
 
 def restore_forward(module: nn.Module) -> bool:
     """Undoes :func:`convert_forward` and the calls of :func:`convert_graph`; whether there was any."""
-    if _is_rewritten(module):
+    if is_rewritten(module):
         for name in ("forward", "r_max", "d_max", "calls_batch_renorm"):
             del vars(module)[name]
         return True

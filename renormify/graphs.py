@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from renormify.calls import NormCall, index_of
-from renormify.functional import batch_renorm
 from renormify.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from renormify.settings import Momentum
 
-__all__ = ["FunctionRewrite", "LayerRewrite", "call_module", "is_own", "layer_of", "problem_of"]
+__all__ = ["call_module", "is_own", "layer_of", "problem_of"]
 
 
 _KNOWN_RESULTS = (0, 3, 4)  # the output, and the running statistics as they move
@@ -31,52 +28,9 @@ def problem_of(call: NormCall) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class LayerRewrite:
-    """Within a norm layer's own forward: the call on its own state becomes its Batch Renorm."""
-
-    def __call__(self, graph: fx.Graph, call: NormCall) -> None:
-        """Replaces the call; the layer counts its batches itself."""
-        if problem_of(call) or not call.trains or not is_own(call):
-            return
-        arguments = tuple(call.arguments[name] for name in ("input", "weight", "bias"))
-        with graph.inserting_before(call.node):
-            _replace(call, graph.create_node("call_module", "renormalise", arguments))
-        _forget_count(graph, "num_batches_tracked")
-
-
 def is_own(call: NormCall) -> bool:
     """Whether the running statistics are those of the module whose forward was traced."""
     return all(call.arguments[name].target == name for name in ("running_mean", "running_var"))
-
-
-@dataclass(frozen=True)
-class FunctionRewrite:
-    """Within the forward of another module: the call becomes one of batch_renorm.
-
-    Its limits are read from the module's attributes ``r_max`` and ``d_max``.
-
-    Attributes:
-        momentum: see :class:`renormify.settings.Settings`.
-        stat: likewise.
-        include_frozen: likewise.
-    """
-
-    momentum: Momentum
-    stat: str
-    include_frozen: bool
-
-    def __call__(self, graph: fx.Graph, call: NormCall) -> None:
-        """Replaces the call, in a graph that runs in training alone."""
-        if problem_of(call) or not (call.trains or self.include_frozen):
-            return
-        given = call.arguments
-        momentum = given["momentum"] if self.momentum == "keep" else self.momentum
-        tensors = (given[name] for name in ("input", "running_mean", "running_var", "weight", "bias"))
-        with graph.inserting_before(call.node):
-            limits = {name: graph.create_node("get_attr", name) for name in ("r_max", "d_max")}
-            arguments = (*tensors, True, momentum, given["eps"])
-            _replace(call, graph.call_function(batch_renorm, arguments, {**limits, "stat": self.stat}))
 
 
 _aten = torch.ops.aten

@@ -148,9 +148,19 @@ class Renormalised(Limited):
         return self._rejected
 
     def renormalise(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None = None,
+        **settings: Any,
     ) -> Tensor:
-        """A training step: normalises ``input`` by the corrected batch, and moves the running statistics."""
+        """A training step: normalises ``input`` by the corrected batch, and moves the running statistics.
+
+        ``momentum``, ``eps`` and ``num_batches_tracked`` are the layer's own unless given.
+        """
+        own: dict[str, Any] = {"momentum": self.momentum, "eps": self.eps}
+        own["num_batches_tracked"] = self._buffers.get("num_batches_tracked")
         self.keep_statistics_in_float32()
         self._warn_of_few_values(input)
         return batch_renorm(
@@ -160,19 +170,13 @@ class Renormalised(Limited):
             weight,
             bias,
             True,
-            self.momentum,
-            self.eps,
+            **{**own, **settings},
             **self.limits(),
             stat=self.stat,
             mask=mask,
-            num_batches_tracked=self._count(),
             rejected=self._rejected,
             process_group=self._process_group(),
         )
-
-    def _count(self) -> Tensor | None:
-        """The counter that a step increases; None where the module has none, or its forward counts itself."""
-        return self._buffers.get("num_batches_tracked")
 
     def _process_group(self) -> ProcessGroup | None:
         return None

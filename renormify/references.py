@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 import sys
+import sysconfig
 from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import nn
 
 from renormify.calls import NORM_FUNCTIONS
 
-__all__ = ["calls_batch_norm", "calls_super_forward"]
+__all__ = ["calls_batch_norm", "calls_super_forward", "method_that_calls", "names_its_own_class"]
 
 
 def calls_batch_norm(module: nn.Module) -> bool:
@@ -29,6 +30,18 @@ def calls_batch_norm(module: nn.Module) -> bool:
     return any(map(_is_batch_norm, _named_functions(module)))
 
 
+def method_that_calls(module: nn.Module) -> str | None:
+    """The name of a method of the module's class that calls batch_norm by its name, if there is one."""
+    for cls in type(module).__mro__:
+        if not cls.__module__.startswith("torch."):
+            methods = ((name, value) for name, value in vars(cls).items() if isinstance(value, FunctionType))
+            for name, method in methods:
+                named = any("batch_norm" in code.co_names for code in _codes(method))
+                if named and any(_is_batch_norm(found.value) for found in _Reader(method, module).names()):
+                    return name
+    return None
+
+
 def calls_super_forward(module: nn.Module) -> bool:
     """Whether every forward before that of torch.nn leaves the normalising to the class it derives from."""
     for cls in type(module).__mro__:
@@ -38,6 +51,13 @@ def calls_super_forward(module: nn.Module) -> bool:
         if "forward" in vars(cls) and not {"super", "forward"} <= names:
             return False
     return True
+
+
+def names_its_own_class(module: nn.Module) -> bool:
+    """Whether a forward gives ``self.__class__`` to super(), which finds itself in a class derived anew."""
+    forwards = (vars(cls).get("forward") for cls in type(module).__mro__)
+    codes = (code for forward in forwards if isinstance(forward, FunctionType) for code in _codes(forward))
+    return any({"super", "__class__", "forward"} <= set(code.co_names) for code in codes)
 
 
 def _is_batch_norm(function: Any) -> bool:
@@ -69,7 +89,8 @@ class _Named(NamedTuple):
 def _named_functions(module: nn.Module) -> Iterator[Any]:
     """Every function that the forward names, and those that these name, each once."""
     seen: set[tuple[int, int]] = set()
-    stack = [_Named(type(module).forward, module)]
+    stack = [_Named(vars(module).get("forward", type(module).forward), module)]
+    stack += [_Named(type(module).forward, module)]
     while stack:
         function, owner = _unwrapped(*stack.pop())
         if (id(function), id(owner)) in seen:
@@ -87,7 +108,12 @@ def _named_functions(module: nn.Module) -> Iterator[Any]:
 def _is_of_a_library(function: FunctionType) -> bool:
     """Whether it is code of torch, of NumPy or of Python, none of which calls batch_norm for a forward."""
     package = str(function.__module__).partition(".")[0]
-    return package in ("torch", "numpy") or package in sys.stdlib_module_names
+    if package in sys.stdlib_module_names:  # unless it is a user's of the same name
+        return function.__code__.co_filename.startswith(_OF_PYTHON)
+    return package in ("torch", "numpy")
+
+
+_OF_PYTHON = (sysconfig.get_path("stdlib"), "<frozen")
 
 
 _ENTERED_OTHERWISE = (

@@ -17,7 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.parameter import UninitializedBuffer
 
 from renormify.errors import NothingToConvertError, RenormifyWarning, UnsupportedModelError
-from renormify.forwards import traces_kept
+from renormify.forwards import traces_shared
 from renormify.functions import calls_renorm, convert_forward, convert_graph, restore_forward
 from renormify.layers import Renormalised, is_batch_renorm
 from renormify.programs import is_program_module, make_trainable
@@ -181,7 +181,7 @@ def convert(
 @contextmanager
 def _conversion() -> Iterator[None]:
     """Makes tensors that can be trained, in inference mode too, and traces modules that are alike once."""
-    with torch.inference_mode(False), traces_kept():
+    with torch.inference_mode(False), traces_shared():
         yield
 
 
@@ -326,7 +326,8 @@ def _apply(model: nn.Module, verdicts: _Verdicts, settings: Settings) -> nn.Modu
         if isinstance(module, fx.GraphModule) and calls:
             convert_graph(module, calls, path, settings)
         elif calls:
-            convert_forward(module, calls, settings)
+            left = [site for site, reason in verdicts if reason and site.path == path]
+            convert_forward(module, calls, left, settings)
         elif rule_for(module) is not None:
             model = _put(model, path, apply_rule(module, settings))
         else:

@@ -23,10 +23,11 @@ from renormify.counterparts import (
     torch_base,
 )
 from renormify.errors import UnsupportedModelError, one_line
-from renormify.forwards import TrainingForward, calls_in_forward
-from renormify.graphs import LayerRewrite, is_own, problem_of
+from renormify.forwards import calls_in_forward
+from renormify.graphs import is_own, problem_of
+from renormify.interception import is_rewritten
 from renormify.layers import Renormalised, is_batch_renorm
-from renormify.references import calls_batch_norm, calls_super_forward
+from renormify.references import calls_batch_norm, calls_super_forward, names_its_own_class
 from renormify.registry import rule_for
 from renormify.settings import Settings
 from renormify.sites import Site
@@ -51,6 +52,8 @@ def refusal(site: Site, settings: Settings) -> str | None:
         return "is Batch Renorm already"
     if rule_for(module) is not None:
         return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted or traced; convert what it came from"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if torch_base(type(module)) is None and (reason := _refusal_of_stranger(site, settings)):
@@ -58,14 +61,13 @@ def refusal(site: Site, settings: Settings) -> str | None:
     reason = _refusal_of_names(module, names_given(class_of(module))) or _refusal_of_class(module)
     if torch_base(type(module)) is None:
         return reason
-    return reason or _refusal_of_state(module) or _refusal_of_forward(module)
+    return reason or _refusal_of_state(module) or _refusal_of_forward(module, settings)
 
 
 def _refusal_of_call(site: Site, settings: Settings) -> str | None:
     in_graph = site.calls[0].node.graph.owning_module is not None
-    if not in_graph and "forward" in vars(site.module):
-        ours = isinstance(getattr(vars(site.module)["forward"], "func", None), TrainingForward)
-        return "is Batch Renorm already" if ours else "its forward was replaced on the instance"
+    if not in_graph and is_rewritten(site.module):
+        return "is Batch Renorm already"
     if not in_graph and not settings.include_frozen and not site.calls[0].trains:
         return "frozen: the call has training=False"
     if settings.momentum is None:
@@ -97,8 +99,6 @@ def _refusal_of_stranger(site: Site, settings: Settings) -> str | None:
         return f"{site.kind} does not derive from a BatchNorm of torch.nn; see register_rule()"
     if not settings.include_frozen:
         return "frozen: its statistics and affine are constants"
-    if isinstance(site.module, torch.jit.ScriptModule):
-        return f"{site.kind} is scripted"
     return None
 
 
@@ -107,22 +107,32 @@ def _refusal_of_state(module: Any) -> str | None:
         return "has no running statistics, which r and d are relative to; set track_running_stats=True"
     if module.num_batches_tracked is None:
         return "has no num_batches_tracked; its state is not BatchNorm's"
+    if not module.eps > 0:
+        return f"has eps={module.eps:g}; Batch Renorm divides by sigma, and needs one above 0"
     return None
 
 
-def _refusal_of_forward(module: nn.Module) -> str | None:
-    if not _is_to_be_rewritten(module):
-        return None
+def _refusal_of_forward(module: Any, settings: Settings) -> str | None:
     name = type(module).__name__
-    calls, problem = calls_in_forward(module, class_of(module).forward)
-    if problem:
-        return f"{name} has a forward of its own that cannot be traced ({problem}); see register_rule()"
-    if not any(is_own(call) and call.trains and not problem_of(call) for call in calls):
-        return f"{name} has a forward of its own, which does not call batch_norm; see register_rule()"
+    if names_its_own_class(module):
+        return f"{name} calls super() with self.__class__, and would call itself; name the class instead"
+    if not _normalises_itself(module):
+        return None
+    found = calls_in_forward(module, class_of(module).forward)
+    if found.problem:
+        return f"{name} has a forward of its own that cannot be traced ({found.problem}); see register_rule()"
+    own = [call.arguments for call in found.calls if is_own(call) and not problem_of(call)]
+    if not any(call["training"] is not False for call in own):
+        does = "calls batch_norm with training=False alone" if own else "does not call batch_norm"
+        return f"{name} has a forward of its own, which {does}; see register_rule()"
+    if settings.momentum == "keep":
+        given = {call["momentum"] for call in own if isinstance(call["momentum"], float)}
+        if module.momentum is not None and given - {module.momentum}:
+            return f"{name} calls batch_norm with a momentum that is not its own, which to keep is not clear"
     return None
 
 
-def _is_to_be_rewritten(module: nn.Module) -> bool:
+def _normalises_itself(module: nn.Module) -> bool:
     """Whether the forward of a BatchNorm is its own, and does not leave the normalising to super()."""
     if torch_base(type(module)) is None:
         return False  # frozen: what it computes is known
@@ -136,29 +146,35 @@ class Original(NamedTuple):
     Attributes:
         kind: its class.
         momentum: its momentum, if it had one.
-        dtype: of its running statistics.
+        dtype: of its running statistics; None where it was that of the weight.
     """
 
     kind: type[nn.Module]
     momentum: float | None
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
 
 def convert_layer(module: nn.Module, settings: Settings) -> None:
     """Turns a norm layer that :func:`refusal` lets pass into Batch Renorm, in place."""
     layer: Any = module
     kind = class_of(module)
-    rewritten = TrainingForward(kind.forward, LayerRewrite()) if _is_to_be_rewritten(module) else None
-    layer.converted_from = Original(kind, getattr(layer, "momentum", None), layer.running_mean.dtype)
+    calls_itself = _normalises_itself(module)
+    layer.converted_from = Original(kind, getattr(layer, "momentum", None), _own_dtype(layer))
     set_class(layer, counterpart(kind))
     layer.init_renorm(settings.r_max, settings.d_max, settings.stat)
     if isinstance(layer, Thawed):
         layer.thaw(0.01 if settings.momentum == "keep" else settings.momentum)
     elif settings.momentum != "keep":
         layer.momentum = settings.momentum
-    if rewritten is not None:
-        rewritten.prepare(layer)
-        layer.rewritten = rewritten
+    if calls_itself:
+        layer.calls_itself = True
+
+
+def _own_dtype(layer: Any) -> torch.dtype | None:
+    """The dtype of the running statistics, unless it is that of the weight, with which it may change."""
+    dtype: torch.dtype = layer.running_mean.dtype
+    weight = getattr(layer, "weight", None)
+    return None if weight is not None and weight.dtype is dtype else dtype
 
 
 def original_of(layer: Any) -> Original:
@@ -173,7 +189,7 @@ def original_of(layer: Any) -> Original:
         return layer.converted_from  # type: ignore[no-any-return]
     for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         if class_of(layer) is counterpart(kind):
-            dtype = layer.running_mean.dtype if layer.weight is None else layer.weight.dtype
+            dtype = layer.running_mean.dtype if layer.weight is None else None
             return Original(kind, layer.momentum, dtype)
     raise UnsupportedModelError(
         f"{type(layer).__name__} derives from a Batch Renorm layer; no BatchNorm corresponds to it"
@@ -184,10 +200,11 @@ def revert_layer(module: nn.Module) -> None:
     """Turns a Batch Renorm layer into what :func:`original_of` tells, in place."""
     layer: Any = module
     kind, momentum, dtype = original_of(layer)
+    dtype = dtype or layer.weight.dtype
     if dtype.itemsize < layer.running_mean.dtype.itemsize == 4:  # raised to float32 by training, or by a cast
         layer.running_mean, layer.running_var = layer.running_mean.to(dtype), layer.running_var.to(dtype)
     layer.end_renorm()
-    for name in ("converted_from", "rewritten"):
+    for name in ("converted_from", "calls_itself"):
         layer.__dict__.pop(name, None)
     if issubclass(kind, _LazyNormBase) and not isinstance(layer, _LazyNormBase):  # it has seen its input
         kind = kind.cls_to_become  # type: ignore[assignment]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -16,10 +16,11 @@ from torch.export.unflatten import InterpreterModuleDispatcher
 from torch.nn.modules.batchnorm import _NormBase
 
 from renormify.calls import NormCall, norm_calls, operator_name, unknown_calls
-from renormify.forwards import calls_in_forward
+from renormify.forwards import Found, calls_in_forward
 from renormify.graphs import problem_of
+from renormify.interception import is_rewritten
 from renormify.layers import Renormalised
-from renormify.references import calls_batch_norm
+from renormify.references import calls_batch_norm, method_that_calls
 from renormify.registry import rule_for
 from renormify.tracing import class_name, is_norm
 
@@ -63,11 +64,12 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """
     modules = dict(model.named_modules())
     order = {path: position for position, path in enumerate(modules)}
-    sites = [site for path, module in modules.items() for site in _sites(path, module)]
+    known = set(modules.values())
+    sites = [site for path, module in modules.items() for site in _sites(path, module, known)]
     return tuple(sorted(sites, key=lambda site: order.get(site.owner or site.path, order[site.path])))
 
 
-def _sites(path: str, module: nn.Module) -> Iterator[Site]:
+def _sites(path: str, module: nn.Module, known: Collection[nn.Module]) -> Iterator[Site]:
     if _is_layer(module) or rule_for(module) is not None:
         yield Site(path, class_name(module), _channels(getattr(module, "running_var", None)), module, path)
     elif isinstance(module, fx.GraphModule):
@@ -76,11 +78,13 @@ def _sites(path: str, module: nn.Module) -> Iterator[Site]:
         yield from _sites_interpreted(path, module._call_modules[0])
     elif isinstance(vars(module).get("graph"), fx.Graph):
         yield from _sites_interpreted(path, module)
-    elif calls_batch_norm(module):
-        if isinstance(module, torch.jit.ScriptModule):
+    elif isinstance(module, torch.jit.ScriptModule):
+        if calls_batch_norm(module):
             yield Site(path, _CALL, None, module, path, problem="it is scripted; convert what it came from")
-        else:
-            yield from _sites_in_forward(path, module)
+    elif calls_batch_norm(module):
+        yield from _sites_in_forward(path, module)
+    else:
+        yield from _sites_beside(path, module, known)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -91,18 +95,53 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _sites_in_forward(path: str, module: nn.Module) -> Iterator[Site]:
-    calls, problem = calls_in_forward(module, type(module).forward)
-    if not calls and not _may_have_statistics(module):
-        return  # it standardises its weights
-    if problem:
-        problem = f"its forward calls batch_norm and cannot be traced ({problem}); make it call a layer"
-        yield Site(path, _CALL, None, module, path, problem=problem)
-    elif not calls and calls_in_forward(module, type(module).forward, training=False)[0]:
-        yield Site(path, _CALL, None, module, path, problem="it calls batch_norm in evaluation alone")
-    for number, call in enumerate(calls):
+    """The calls in a forward whose code names batch_norm, or the one reason why they are not known."""
+    forward = type(module).forward
+    replaced = "forward" in vars(module) and not is_rewritten(module)
+    found = Found() if replaced else calls_in_forward(module, forward)
+    for number, call in enumerate(found.calls):
         name = f"{path}:{number}" if number else path
+        problem = problem_of(call) or _problem_of_place(call, module)
         channels = _channels_of(call, module)
-        yield Site(name, _CALL, channels, module, path, path, number, (call,), problem_of(call))
+        yield Site(name, _CALL, channels, module, path, path, number, (call,), problem)
+    if found.calls or not _may_have_statistics(module):
+        return  # or it standardises its weights
+    if replaced:
+        problem = "its forward was replaced on the instance"
+    elif found.problem:
+        problem = f"its forward calls batch_norm and cannot be traced ({found.problem}); make it call a layer"
+    elif (evaluating := calls_in_forward(module, forward, training=False)).calls:
+        problem = "it calls batch_norm in evaluation alone, as far as a trace came"
+    elif found.any or evaluating.any:
+        return  # without statistics
+    else:
+        problem = "its code calls batch_norm where no trace came, as for an argument; make it call a layer"
+    yield Site(path, _CALL, None, module, path, problem=problem)
+
+
+def _problem_of_place(call: NormCall, module: nn.Module) -> str | None:
+    statistics = call.arguments["running_mean"]
+    if statistics.op == "get_attr" and _channels_of(call, module) is None:
+        return "its running statistics lie where no name leads; register them as buffers"
+    return None
+
+
+def _sites_beside(path: str, module: nn.Module, known: Collection[nn.Module]) -> Iterator[Site]:
+    """What normalises and is not reached by names and forwards."""
+    for name, value in vars(module).items():
+        held = value.items() if type(value) is dict else enumerate(value) if type(value) in _LISTS else ()
+        for key, norm in held:
+            if isinstance(norm, nn.Module) and is_norm(norm) and norm not in known:
+                place = f"{path}.{name}[{key!r}]".lstrip(".")
+                problem = "it is in no ModuleList or ModuleDict, and so no part of the model; use one"
+                yield Site(place, class_name(norm), None, norm, path, problem=problem)
+    method = method_that_calls(module)
+    if method is not None and _may_have_statistics(module):
+        problem = f"its method {method} calls batch_norm, not its forward; make it call a layer"
+        yield Site(path, _CALL, None, module, path, problem=problem)
+
+
+_LISTS = (list, tuple)
 
 
 def _may_have_statistics(module: nn.Module) -> bool:
@@ -110,7 +149,8 @@ def _may_have_statistics(module: nn.Module) -> bool:
     _, *arguments = inspect.signature(type(module).forward).parameters.values()
     if len(arguments) > 2 or any(argument.kind is argument.VAR_POSITIONAL for argument in arguments):
         return True
-    values = chain.from_iterable(vars(part).values() for part in module.modules())
+    values = list(chain.from_iterable(vars(part).values() for part in module.modules()))
+    values += [item for value in values if type(value) in _LISTS for item in value]
     return any(isinstance(value, torch.Tensor) for value in chain(module.buffers(), values))
 
 

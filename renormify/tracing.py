@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import threading
@@ -9,7 +10,9 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +20,13 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from renormify.layers import is_batch_renorm
 
-__all__ = ["Trace", "class_name", "generators_restored", "is_norm", "modes", "trace_forward"]
+__all__ = [
+    "class_name",
+    "generators_restored",
+    "hooks_on_what_is_saved",
+    "is_norm",
+    "trace_forward",
+]
 
 
 def class_name(module: nn.Module) -> str:
@@ -48,13 +57,13 @@ class _ForwardTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._thread = threading.get_ident()
-        self._modes, self._hooks = modes(), _hooks_on_what_is_saved()
+        self._gradients, self._hooks = torch.is_grad_enabled(), hooks_on_what_is_saved()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Records a node, unless in a context that the graph would not hold."""
-        if modes() != self._modes:
-            raise fx.proxy.TraceError("it switches gradients or autocast")
-        if _hooks_on_what_is_saved() is not self._hooks:
+        """Records a node, unless in what may be run a second time, when the forward is over."""
+        if torch.is_grad_enabled() != self._gradients:
+            raise fx.proxy.TraceError("it switches gradients, as reentrant checkpoints do")
+        if hooks_on_what_is_saved() is not self._hooks:
             raise fx.proxy.TraceError("it checkpoints, or moves what is saved for backward")
         return super().create_node(*args, **kwargs)
 
@@ -79,35 +88,15 @@ class _ForwardTracer(fx.Tracer):
         return True
 
 
-def modes() -> tuple[bool, ...]:
-    """Whether gradients and autocast are on, which a forward may ask."""
-    return torch.is_grad_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
-
-
-def _hooks_on_what_is_saved() -> Any:
+def hooks_on_what_is_saved() -> Any:
+    """Those that now watch, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
 
 
-def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
-    """Records what a forward keeps, so that the graph keeps it too."""
-    if isinstance(value, fx.Proxy):
-        value.tracer.create_proxy("call_module", "__setattr__", (name, value), {})
-    elif value is not getattr(self, name, self) and not (
-        type(value) in _PLAIN and value == getattr(self, name)
-    ):
-        raise fx.proxy.TraceError(f"it sets self.{name}")
-    nn.Module.__setattr__(self, name, value)
-
-
-_PLAIN = (type(None), bool, int, float, str)
-
-
-class Trace(NamedTuple):
-    """The graph of a forward, and the names of the module's attributes that were read on the way."""
-
-    graph: fx.Graph
-    read: tuple[str, ...]
+def _keep(self: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute of the stand-in alone, whatever the module has registered under that name."""
+    vars(self)[name] = value
 
 
 _patched = threading.RLock()  # FX exchanges methods of nn.Module while it traces
@@ -119,11 +108,11 @@ def trace_forward(
     inputs: tuple[str, ...],
     constants: dict[str, Any],
     training: bool = True,
-) -> Trace:
+) -> fx.Graph:
     """The graph of a module's own forward in training, or in evaluation.
 
-    The module is afterwards as it was: what the forward sets is set on a stand-in that shares its tensors and
-    submodules.
+    The module, and what it refers to, is afterwards as it was: what the forward sets is set on a stand-in
+    that shares its tensors and submodules.
 
     Args:
         module: whose attributes the forward reads.
@@ -135,16 +124,10 @@ def trace_forward(
     Raises:
         Exception: whatever a forward may raise when it meets a proxy.
     """
-    read: dict[str, None] = {}
-
-    def note(self: nn.Module, name: str) -> Any:
-        read[name] = None
-        return super(kind, self).__getattribute__(name)
-
     namespace: dict[str, Any] = {"original": forward, "constants": constants}
     named = ", ".join(f"{name}={name}" for name in inputs)
     exec(f"def forward(self, {', '.join(inputs)}): return original(self, {named}, **constants)", namespace)
-    own = {"forward": namespace["forward"], "__setattr__": _set_attribute, "__getattribute__": note}
+    own = {"forward": namespace["forward"], "__setattr__": _keep}
     kind: Any = type(type(module).__name__, (_Unannounced, type(module)), own)
     stand_in: nn.Module = kind.__new__(kind)
     stand_in.__dict__.update({**vars(module), "training": training, "_forward_hooks": OrderedDict()})
@@ -153,18 +136,14 @@ def trace_forward(
         # One decides by the number of dimensions, the other by a count of batches; neither is known here.
         stand_in.__dict__["_check_input_dim"] = lambda input: None
         stand_in.__dict__["momentum"] = 0.1 if module.momentum is None else module.momentum
-    for _ in range(1 if threading.active_count() == 1 else 10):  # another thread may draw in the meantime
-        with (
-            _patched,
-            warnings.catch_warnings(),
-            _attributes_restored(stand_in),
-            generators_restored(module) as drawn,
-        ):
-            warnings.simplefilter("ignore")
-            graph = _ForwardTracer().trace(stand_in)
-            if not drawn():
-                return Trace(graph, tuple(name for name in read if name not in _OF_TORCH))
-    raise fx.proxy.TraceError("it draws random numbers, which a graph would hold fixed")
+    touched = [vars(part) for part in module.modules()]
+    touched += [
+        held for part in module.modules() for held in (part._buffers, part._parameters, part._modules)
+    ]
+    touched += _globals_of(forward)
+    with _patched, warnings.catch_warnings(), _content_restored(touched), generators_restored(module):
+        warnings.simplefilter("ignore")
+        return _ForwardTracer().trace(stand_in)
 
 
 class _Unannounced:
@@ -174,85 +153,100 @@ class _Unannounced:
         pass
 
 
-_OF_TORCH = frozenset({*vars(nn.Module()), *dir(nn.Module)} - {"training"})
-
-
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 @contextmanager
-def generators_restored(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """Gives every random number generator that the model may draw from its state again.
-
-    Yields:
-        A function that tells whether one of the host's was drawn from.
-    """
+def generators_restored(model: nn.Module) -> Iterator[None]:
+    """Gives every random number generator that the model may draw from its state again."""
     numpy = sys.modules.get("numpy")
-    python, torchs = random.getstate(), torch.get_rng_state()
+    python = random.getstate()
     numpys: Any = () if numpy is None else numpy.random.get_state()
-
-    def drawn() -> bool:
-        if random.getstate() != python or not torch.equal(torch.get_rng_state(), torchs):
-            return True
-        return numpy is not None and not all(map(numpy.array_equal, numpy.random.get_state(), numpys))
-
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
-            yield drawn
+            yield
     finally:
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(numpys)
 
 
-@contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """A forward may keep what it computed; a proxy kept so would break the model.
+def _globals_of(forward: Callable[..., Any]) -> list[Any]:
+    """What the code of a forward may keep something in beside the module."""
+    code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    return [known[name] for name in getattr(code, "co_names", ()) if name in known]
 
-    Raises:
-        TraceError: where the graph would not keep it, being in no attribute of the model itself.
+
+@contextmanager
+def _content_restored(values: list[Any]) -> Iterator[None]:
+    """Containers, plain objects and tensors have the content again that they had, all the way down.
+
+    A forward may keep what it computed; a proxy kept so would break the model.
     """
-    own = {id(vars(model)), *map(id, (model._buffers, model._parameters, model._modules))}
-    undo = [_snapshot(vars(module), own) for module in model.modules()]
-    registered = {name for names in (model._buffers, model._parameters, model._modules) for name in names}
-    changed = False
+    undo: list[Callable[[], None]] = []
+    seen: set[int] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if type(value) is Tensor:
+            undo.append(_tensor_restorer(value))
+        elif (generator := _generator_restorer(value)) is not None:
+            undo.append(generator)
+        elif type(value) in _CONTAINERS:
+            undo.append(_container_restorer(value))
+            stack += value.values() if isinstance(value, dict) else value
+        elif _is_plain_object(value):
+            stack.append(vars(value))
     try:
         yield
-        changed = registered != {
-            name for names in (model._buffers, model._parameters, model._modules) for name in names
-        }
     finally:
-        changed |= sum(restore() for restore in undo) > 0  # each of them
-    if changed:
-        raise fx.proxy.TraceError("it keeps what it computes")
+        for restore in undo:
+            restore()
 
 
-def _snapshot(container: Any, own: set[int]) -> Callable[[], bool]:
-    """A function that gives a container, and the containers and tensors in it, their content again.
+def _is_plain_object(value: Any) -> bool:
+    """Whether a value is of a class of somebody's own, and no module, function or class itself."""
+    kind = type(value)
+    foreign = kind.__module__.partition(".")[0] not in ("builtins", "torch", "numpy")
+    return (
+        foreign
+        and hasattr(value, "__dict__")
+        and not isinstance(value, (type, nn.Module, Tensor, ModuleType))
+    )
 
-    It returns whether anything had changed, but for the containers whose changes are recorded.
-    """
-    values = container.values() if isinstance(container, dict) else container
-    inner = [_snapshot(value, own) for value in values if type(value) in _CONTAINERS]
-    tensors = [
-        (t, t._version, t.detach().clone()) for t in values if type(t) is Tensor and not t.is_inference()
-    ]
-    content = dict(container) if isinstance(container, dict) else list(container)
 
-    def restore() -> bool:
-        now = dict(container) if isinstance(container, dict) else list(container)
-        changed = not _is_same(now, content)
-        if changed:  # another thread may be reading it
+def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
+    if tensor.is_inference():
+        return lambda: None
+    version, value = tensor._version, tensor.detach().clone()
+
+    def restore() -> None:
+        if tensor._version != version:
+            tensor.detach().copy_(value)
+
+    return restore
+
+
+def _generator_restorer(value: Any) -> Callable[[], None] | None:
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    bits = getattr(value, "bit_generator", None)  # of a numpy.random.Generator
+    return partial(setattr, bits, "state", bits.state) if hasattr(bits, "state") else None
+
+
+def _container_restorer(container: Any) -> Callable[[], None]:
+    content = copy.copy(container)
+
+    def restore() -> None:
+        if not _is_same(container, content):  # another thread may be reading it
             container.clear()
             container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
-        changed &= id(container) not in own
-        changed |= sum(undo() for undo in inner) > 0
-        for tensor, version, value in tensors:
-            if tensor._version != version:
-                tensor.detach().copy_(value)
-                changed = True
-        return changed
 
     return restore
 

@@ -114,13 +114,23 @@ class Skips(State):
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_decision_by_a_random_number_is_not_held_fixed(draw: str) -> None:
-    model = nn.Sequential(Skips(draw), nn.BatchNorm2d(C))
-    for seed in range(6):  # some of which would leave the call out of the trace
+def test_random_decision_is_drawn_anew_each_time(draw: str) -> None:
+    skips = Skips(draw)
+    for seed in range(6):  # in some of which a trace does not come to the call
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
-        sites = convert(model).report.sites
-        assert [site.action for site in sites] == ["skipped", "converted"]
-        assert "it draws random numbers" in sites[0].reason
+        conversion = convert(nn.Sequential(skips, nn.BatchNorm2d(C)))
+        first, x = conversion.report.sites[0], image()
+        if first.action == "skipped":
+            assert first.reason == "it calls batch_norm in evaluation alone, as far as a trace came"
+            continue
+        converted = conversion.model[0]
+        converted.r_max, converted.d_max = 1.0, 0.0
+        outputs = []
+        for model in (skips, converted):
+            torch.manual_seed(7), random.seed(7), np.random.seed(7)
+            outputs.append([model(x) for _ in range(8)])
+        torch.testing.assert_close(*outputs)
+        assert len({torch.equal(output, x) for output in outputs[1]}) == 2
 
 
 class Checkpoints(State):
@@ -128,7 +138,7 @@ class Checkpoints(State):
         return checkpoint(self.norm, x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
-def test_checkpoint_that_a_graph_would_lose_is_refused() -> None:
+def test_checkpoint_within_is_refused() -> None:
     sites = convert(nn.Sequential(Checkpoints(), nn.BatchNorm2d(C))).report.sites
     assert [site.action for site in sites] == ["skipped", "converted"]
     assert "it checkpoints" in sites[0].reason
@@ -148,18 +158,17 @@ def _traces(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(forwards, "trace_forward", counting)
-        patch.setattr(forwards, "_records", weakref.WeakSet())
         convert(model, inplace=True)
     return count
 
 
 def test_layers_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     alike = nn.Sequential(*(BatchNormAct2d(n) for n in (3, 4, 5)))
-    assert _traces(monkeypatch, alike) == 2  # as it is, and as it is to be
+    assert _traces(monkeypatch, alike) == 1
     other = nn.Sequential(BatchNormAct2d(3), BatchNormAct2d(3, eps=0.1), BatchNormAct2d(3, act_layer=nn.SiLU))
     x = image()
     expected = [renormify(copy.deepcopy(layer))(x) for layer in other]
-    assert _traces(monkeypatch, other) > 2
+    assert _traces(monkeypatch, other) == 3
     for layer, output in zip(other, expected, strict=True):
         assert torch.equal(layer(x), output)
 
@@ -202,7 +211,6 @@ def test_shared_traces_keep_no_model_alive() -> None:
     del model
     gc.collect()
     assert gone() is None
-    assert not [record for record in forwards._records if record.key[0] is State]
 
 
 def test_conversion_in_place_takes_little_memory_and_time() -> None:
@@ -214,7 +222,7 @@ def test_conversion_in_place_takes_little_memory_and_time() -> None:
     convert(model, inplace=True)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 0.05 * size
+    assert peak < 0.04 * size
     model = timm.create_model("efficientnet_b0")
     begin = time.process_time()
     convert(model, inplace=True)

@@ -28,7 +28,7 @@ from oracle import Oracle
 from torch import Tensor, fx, nn
 
 from renormify import convert, convert_sync, renormify, revert
-from renormify.errors import NothingToConvertError, RenormifyWarning, UnsupportedModelError
+from renormify.errors import NothingToConvertError, RenormifyWarning
 from renormify.functions import BatchRenormCall
 from renormify.layers import bears_limits, is_batch_renorm
 from renormify.rewriting import rewrite
@@ -478,10 +478,8 @@ class KeepsInAChild(State):
 
 @pytest.mark.parametrize(
     "form",
-    [
-        Variadic, LooksAtNumbers, LooksAtShape, Keeps, KeepsInAList, KeepsInAChild, NoGradient, NoAutocast,
-    ],
-)  # fmt: skip
+    [Variadic, LooksAtNumbers, LooksAtShape, NoGradient],
+)
 def test_forward_that_cannot_be_traced_is_named_with_what_to_do(form: type[State]) -> None:
     model = nn.Sequential(nn.BatchNorm2d(C), form())
     conversion = convert(model)
@@ -496,8 +494,17 @@ def test_forward_that_cannot_be_traced_is_named_with_what_to_do(form: type[State
     torch.manual_seed(0)
     expected = model[1](x)
     assert torch.equal(conversion.model[1](x), expected)
+
+
+@pytest.mark.parametrize("form", [Keeps, KeepsInAList, KeepsInAChild, NoAutocast])
+def test_forward_that_keeps_what_it_computes_goes_on_doing_so(form: type[State]) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(C), form())
+    converted = renormify(model, r_max=1.0, d_max=0.0, momentum="keep", stat="var")
+    x = image()
+    torch.testing.assert_close(converted(x), model(x))
     if form is Keeps:
-        assert (conversion.model[1].calls, conversion.model[1].log) == (1, [1.0])
+        assert (converted[1].calls, converted[1].log) == (1, [1.0])
+        torch.testing.assert_close(converted[1].seen, model[1].seen)
 
 
 # ---------------------------------------------------------------------------------------------- no sites
@@ -696,19 +703,17 @@ def test_calls_that_are_not_synchronised_are_named(trace: Callable[..., nn.Modul
         convert_sync(renormify(nn.Sequential(Plain())))
 
 
-def test_argument_that_leads_where_no_trace_can_follow() -> None:
+def test_argument_that_leads_where_no_trace_came() -> None:
     class Sometimes(State):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
             if mask is not None and mask.any():
                 x = x * mask
             return normalised(x, self)
 
-    converted = renormify(Sometimes())
-    converted(image())
-    with pytest.raises(
-        UnsupportedModelError, match=r"forward of Sometimes .* arguments x, mask .*call a layer"
-    ):
-        converted(image(), torch.ones(4, 1, 8, 8))
+    model, x = Sometimes(), image()
+    converted = renormify(model, r_max=1.0, d_max=0.0)
+    for mask in (None, torch.zeros(4, 1, 8, 8), torch.full((4, 1, 8, 8), 2.0)):
+        torch.testing.assert_close(converted(x, mask), model(x, mask))
 
 
 def test_attributes_of_its_parts_count() -> None:

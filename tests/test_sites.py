@@ -214,7 +214,7 @@ def test_tracing_leaves_no_trace(model_class: type[Keeper], training: bool) -> N
 
     [call, norm] = find_sites(model)
     assert (call.name, norm.name) == ("", "norm")
-    assert "cannot be traced" in str(call.problem)
+    assert (call.problem is None) == (model_class is Keeper)
 
     assert {name: list(module.__dict__) for name, module in model.named_modules()} == keys
     assert (model.calls, model.cached, model.names) == (0, None, set())
@@ -297,8 +297,7 @@ class Queues(nn.Module):
 def test_tracing_leaves_no_trace_in(attribute: str) -> None:
     model, fresh = Queues(attribute), Queues(attribute)
     report = convert(model).report
-    assert report.converted == ("norm",)
-    assert "it keeps what it computes" in report.sites[0].reason  # a graph would not
+    assert report.converted == ("", "norm")
     assert getattr(model, attribute) == getattr(fresh, attribute)
 
 

@@ -1,0 +1,192 @@
+"""A forward that calls batch_norm on running statistics, run so that in training it is Batch Renorm.
+
+The forward is its author's Python, whatever it does; torch hands every function that it calls to a
+:class:`_Interception`, which takes the calls of batch_norm and lets the others pass. In evaluation nothing
+stands between.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from types import CodeType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from renormify.calls import NORM_FUNCTIONS, arguments_of, gives_statistics, number_of_results
+from renormify.errors import UnsupportedModelError
+from renormify.functional import batch_renorm
+from renormify.layers import Renormalised
+from renormify.settings import Momentum
+from renormify.tracing import hooks_on_what_is_saved
+
+__all__ = ["CallsRenormalised", "TrainingForward", "is_rewritten", "own_call_renormalised"]
+
+Arguments = Mapping[str, Any]
+"""Of a call, by their names in :func:`torch.nn.functional.batch_norm`."""
+
+
+class _Renormalises(Protocol):
+    """What becomes of a call: the output of Batch Renorm, or None where the call stays what it is."""
+
+    def __call__(self, call: Arguments, /) -> Tensor | None: ...
+
+
+class _Interception(TorchFunctionMode):
+    """Hands calls of batch_norm to ``renormalise``, in the forward of ``owner``."""
+
+    def __init__(self, owner: nn.Module, renormalise: _Renormalises) -> None:
+        super().__init__()
+        self.owner, self.renormalise = owner, renormalise
+        self.hooks = None if torch.compiler.is_compiling() else hooks_on_what_is_saved()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in NORM_FUNCTIONS:
+            output = self.renormalise(arguments_of(func, args, kwargs))
+            if output is not None:
+                self._refuse_checkpoint()
+                alone = number_of_results(func) == 1
+                return output if alone else _with_statistics(func, args, kwargs, output)
+        return func(*args, **kwargs)
+
+    def _refuse_checkpoint(self) -> None:
+        """Its second run would come when the forward is over, and nobody listens."""
+        if not torch.compiler.is_compiling() and hooks_on_what_is_saved() is not self.hooks:
+            raise UnsupportedModelError(
+                f"the forward of {type(self.owner).__name__} checkpoints its call of batch_norm; "
+                "checkpoint the module itself, or make it call a layer"
+            )
+
+
+def _with_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+    """What an operator of several results gives, with another output; it moves copies of the statistics."""
+    call = arguments_of(func, args, kwargs)
+    statistics = call["running_mean"], call["running_var"]
+    copies = {id(value): value.clone() for value in statistics}
+    args = tuple(copies.get(id(value), value) for value in args)
+    kwargs = {name: copies.get(id(value), value) for name, value in kwargs.items()}
+    results = func(*args, **kwargs)
+    others = [results[index] for index in range(1, number_of_results(func))]  # a proxy cannot be unpacked
+    if gives_statistics(func):  # as they move, for the caller to keep; they have moved
+        others[-2:] = statistics
+    return output, *others
+
+
+def own_call_renormalised(layer: Renormalised) -> TorchFunctionMode:
+    """Within this, a norm layer's call on its own state is Batch Renorm; its forward counts the batches."""
+
+    def renormalise(call: Arguments) -> Tensor | None:
+        own = call["running_mean"] is layer.running_mean and call["running_var"] is layer.running_var
+        if not own or not call["training"]:
+            return None
+        momentum = call["momentum"] if layer.momentum is None else layer.momentum
+        settings = {"momentum": momentum, "eps": call["eps"], "num_batches_tracked": None}
+        return layer.renormalise(call["input"], call["weight"], call["bias"], **settings)
+
+    return _Interception(layer, renormalise)
+
+
+@dataclass(frozen=True)
+class CallsRenormalised:
+    """What becomes of the calls in the forward of a module that is no norm layer.
+
+    Its limits are read from the module's attributes ``r_max`` and ``d_max``.
+
+    Attributes:
+        momentum: see :class:`renormify.settings.Settings`.
+        stat: likewise.
+        include_frozen: likewise.
+        chosen: the running means of the calls to rewrite, as paths in the module or names of arguments.
+        left: those of calls that stay; on any further buffer of the module's own they are rewritten too.
+    """
+
+    momentum: Momentum
+    stat: str
+    include_frozen: bool
+    chosen: tuple[str, ...]
+    left: frozenset[str]
+
+    def __call__(self, module: Any, given: Arguments, call: Arguments) -> Tensor | None:
+        """The output of a call in training, or None where it stays.
+
+        Args:
+            module: whose forward makes it.
+            given: the arguments of that forward.
+            call: those of the call.
+        """
+        if not (call["training"] or self.include_frozen) or not self._takes(module, given, call):
+            return None
+        return batch_renorm(
+            call["input"],
+            call["running_mean"],
+            call["running_var"],
+            call["weight"],
+            call["bias"],
+            True,
+            call["momentum"] if self.momentum == "keep" else self.momentum,
+            call["eps"],
+            r_max=module.r_max,
+            d_max=module.d_max,
+            stat=self.stat,
+        )
+
+    def _takes(self, module: nn.Module, given: Arguments, call: Arguments) -> bool:
+        mean = call["running_mean"]
+        if mean is None:
+            return False
+        for name, buffer in module._buffers.items():
+            if buffer is mean:
+                return name not in self.left
+        return any(
+            mean is (given[name] if name in given else attrgetter(name)(module)) for name in self.chosen
+        )
+
+
+class TrainingForward:
+    """The forward of a class, whose calls of batch_norm are Batch Renorm while the module trains.
+
+    To others it looks like the forward itself: a function, of the module and its arguments.
+
+    Args:
+        kind: the class.
+        calls: what becomes of each call.
+    """
+
+    def __init__(self, kind: type[nn.Module], calls: CallsRenormalised) -> None:
+        self.kind, self.calls = kind, calls
+        self.arguments = tuple(inspect.signature(kind.forward).parameters)[1:]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.kind.forward)
+
+    @property
+    def __code__(self) -> CodeType:
+        function: Any = inspect.unwrap(self.kind.forward)
+        return cast("CodeType", function.__code__)
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The output of the forward, in training with its calls renormalised."""
+        if not module.training:
+            return self.kind.forward(module, *args, **kwargs)
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        with _Interception(module, lambda call: self.calls(module, given, call)):
+            return self.kind.forward(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingForward:
+        return self  # it holds nothing of the module that it is called with
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether a module's forward is one of these."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, functools.partial) and isinstance(forward.func, TrainingForward)

@@ -1,0 +1,448 @@
+"""Forwards that call batch_norm run as they were written; in training the calls alone are Batch Renorm."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import random
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from norms import C, image, lived_in
+from oracle import Oracle
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from renormify import convert, renormify, revert
+from renormify.errors import UnsupportedModelError
+
+LOG: list[Any] = []
+
+
+class State(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(C)), nn.Parameter(torch.zeros(C))
+        self.register_buffer("running_mean", torch.zeros(C))
+        self.register_buffer("running_var", torch.ones(C))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+    def forward(self, x: Any) -> Any:
+        return self.norm(x)
+
+
+def of_the_paper(model: Any, x: Tensor, eps: float = 1e-5) -> Tensor:
+    """The output of a step, in float64 from the paper's formulas."""
+    mean, var = model.running_mean.double().numpy(), model.running_var.double().numpy()
+    oracle = Oracle(mean, np.sqrt(var + eps), 0.01, eps)
+    affine = (p.detach().double().numpy() for p in (model.weight, model.bias))
+    return torch.from_numpy(oracle.train(x.double().numpy(), np.zeros(x.shape), *affine).y).float()
+
+
+# ------------------------------------------------------------------------- what no graph could hold
+
+
+class AsksForItsType(State):
+    """As detection models do, whose images come nested."""
+
+    def forward(self, x: Any) -> Tensor:
+        return self.norm((x if isinstance(x, Tensor) else x.tensors) / 255)
+
+
+@dataclass
+class Nested:
+    tensors: Tensor
+
+
+def test_type_of_an_input_is_what_it_is() -> None:
+    model, x = lived_in(AsksForItsType()), 255 * image()
+    for given in (x, Nested(x)):
+        torch.testing.assert_close(renormify(model)(given), of_the_paper(model, x / 255))
+
+
+class Scales(State):
+    def __init__(self, factor: float, kind: Callable[..., Any]) -> None:
+        super().__init__()
+        self.held = kind(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.held
+        if isinstance(value, slice):
+            return self.norm(x) * value.stop
+        return self.norm(x) * float(value[0] if isinstance(value, (np.ndarray, list)) else value["s"])
+
+
+KINDS: dict[str, Callable[[float], Any]] = {
+    "ordered dict": lambda factor: OrderedDict(s=factor),
+    "slice": lambda factor: slice(0, factor),
+    "array": lambda factor: np.array([factor]),
+    "list": lambda factor: [factor],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_of_a_class_have_each_its_own_settings(kind: str) -> None:
+    models = lived_in(nn.ModuleList(Scales(factor, KINDS[kind]) for factor in (1.0, 3.0)))
+    x = image()
+    for factor, model, converted in zip((1.0, 3.0), models, renormify(models), strict=True):
+        torch.testing.assert_close(converted(x), factor * of_the_paper(model, x))
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.last: Any = None
+        self.steps = 0
+
+
+class Notes(State):
+    """Keeps what it saw in an object of its own, in a list of the module, and in a global one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = Meter()
+        self.log: list[Any] = []
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        self.meter.last = y.mean()
+        self.meter.steps += 1
+        self.log.append(y.mean())
+        LOG.append(y.mean())
+        self.calls += 1
+        return y
+
+
+def test_conversion_leaves_no_trace_and_training_leaves_the_forwards_own() -> None:
+    LOG.clear()
+    model = Notes()
+    conversion = convert(model)
+    assert conversion.report.converted == ("",)
+    for each in (model, conversion.model):
+        assert (each.meter.last, each.meter.steps, each.log, each.calls, LOG) == (None, 0, [], 0, [])
+    converted = conversion.model
+    for step in range(1, 4):
+        y = converted(image())
+        assert torch.equal(converted.meter.last, y.mean())
+        assert (converted.meter.steps, len(converted.log), len(LOG), converted.calls) == (step,) * 4
+    assert (model.meter.steps, model.calls) == (0, 0)
+
+
+class Returns(State):
+    def __init__(self, kind: Callable[..., Any]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(last_hidden_state=self.norm(x))
+
+
+def test_outputs_keep_their_class() -> None:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    for kind in (OrderedDict, BaseModelOutput):
+        assert type(renormify(Returns(kind))(image())) is kind
+
+
+class DrawsFromItsOwn(State):
+    def __init__(self, generator: Any, draw: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.generator, self.draw = generator, draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * (1 if self.draw(self.generator) < 0.5 else 2)
+
+
+GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
+    "python": (lambda: random.Random(0), lambda generator: generator.random()),
+    "numpy": (lambda: np.random.default_rng(0), lambda generator: generator.random()),
+    "torch": (
+        lambda: torch.Generator().manual_seed(0),
+        lambda generator: torch.rand((), generator=generator).item(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_random_decisions_are_drawn_each_time_and_not_by_a_conversion(kind: str) -> None:
+    make, draw = GENERATORS[kind]
+    model, twin, x = DrawsFromItsOwn(make(), draw), DrawsFromItsOwn(make(), draw), image()
+    convert(model, r_max=1.0, d_max=0.0, inplace=True)
+    for _ in range(8):  # at these limits it is BatchNorm
+        torch.testing.assert_close(model(x), twin(x))
+
+
+class WithoutAutocast(State):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.float())
+
+
+def test_autocast_is_switched_as_the_forward_does() -> None:
+    model, x = lived_in(WithoutAutocast()), image()
+    converted = renormify(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = converted(x)
+    assert y.dtype is torch.float32
+    torch.testing.assert_close(y, of_the_paper(model, x))
+
+
+class Optional(State):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = lived_in(State())
+
+    def forward(self, x: Tensor, skips: Any = None, sizes: Any = [1, 2], first: bool = False) -> Tensor:  # noqa: B006
+        if first:
+            other = self.other
+            mean, var = other.running_mean * 1, other.running_var * 1
+            x = F.batch_norm(x, mean, var, training=self.training)
+        y = self.norm(x)
+        for skip in skips or ():
+            y = y + skip
+        return y * sizes[1]
+
+
+def test_arguments_that_conversion_did_not_know() -> None:
+    model, x = lived_in(Optional()), image()
+    torch.testing.assert_close(renormify(model)(x, [x, x]), 2 * (of_the_paper(model, x) + 2 * x))
+    other = model.other  # statistics made in the forward stay BatchNorm's
+    inner = F.batch_norm(x, other.running_mean * 1, other.running_var * 1, training=True)
+    torch.testing.assert_close(renormify(model)(x, first=True), 2 * of_the_paper(model, inner))
+
+
+class PerStep(State):
+    """Statistics for each step of time, as recurrent networks have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for step in range(2):
+            self.register_buffer(f"mean_{step}", torch.zeros(C))
+            self.register_buffer(f"var_{step}", torch.ones(C))
+
+    def forward(self, x: Tensor, step: int = 0) -> Tensor:
+        mean, var = getattr(self, f"mean_{step}"), getattr(self, f"var_{step}")
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, 0.1)
+
+
+def test_statistics_chosen_by_an_argument_are_the_modules_own_too() -> None:
+    converted, x = renormify(PerStep()), image()
+    for step in range(2):
+        converted(x, step)
+        torch.testing.assert_close(getattr(converted, f"mean_{step}"), 0.01 * x.mean((0, 2, 3)))
+
+
+class Sometimes(State):
+    def forward(self, x: Tensor, saving: bool = False) -> Tensor:
+        return checkpoint(self.norm, x, use_reentrant=False) if saving else self.norm(x)  # type: ignore[no-any-return]
+
+
+def test_checkpoint_whose_second_run_nobody_would_see_is_refused() -> None:
+    converted, x = renormify(Sometimes()), image()
+    converted(x)
+    with pytest.raises(UnsupportedModelError, match="Sometimes checkpoints its call of batch_norm"):
+        converted(x, saving=True)
+
+
+# ---------------------------------------------------------------------------------- norms of their own
+
+
+class OwnEps(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.5, 0.1
+        )
+
+
+def test_eps_of_a_call_is_the_calls() -> None:
+    model, x = lived_in(OwnEps(C)), image()
+    torch.testing.assert_close(renormify(model)(x), of_the_paper(model, x, eps=0.1))
+    [site] = convert(nn.ModuleList((model, nn.BatchNorm2d(C))), momentum="keep").report.sites[:1]
+    assert "calls batch_norm with a momentum that is not its own" in site.reason
+
+
+class NamesItsClass(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super(self.__class__, self).forward(input)  # type: ignore[misc]
+
+
+def test_what_would_call_itself_is_refused() -> None:
+    model = nn.ModuleList((NamesItsClass(C), nn.BatchNorm2d(C, eps=0.0), nn.BatchNorm2d(C)))
+    sites = convert(model).report.sites
+    assert [site.action for site in sites] == ["skipped", "skipped", "converted"]
+    assert "calls super() with self.__class__" in sites[0].reason
+    assert "has eps=0" in sites[1].reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_revert_after_a_cast_is_the_cast_original(dtype: torch.dtype) -> None:
+    model = lived_in(nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))).eval()
+    x, expected = image().to(dtype), copy.deepcopy(model).to(dtype)
+    reverted = revert(renormify(model).to(dtype))
+    assert reverted[1].running_var.dtype is dtype
+    assert torch.equal(reverted(x), expected(x))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Whose statistics come before its affine."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight / (self.running_var + 1e-5).sqrt()
+        return x * scale.view(-1, 1, 1) + (self.bias - self.running_mean * scale).view(-1, 1, 1)
+
+
+def test_thawed_norm_keeps_the_order_of_its_state() -> None:
+    model = nn.Sequential(FrozenBatchNorm2d(C))
+    assert list(renormify(model, include_frozen=True).state_dict()) == list(model.state_dict())
+
+
+# ----------------------------------------------------------------------------------- seen from outside
+
+
+class Named(State):
+    def forward(self, x: Tensor, labels: Any = None) -> Tensor:
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_root_has_the_signature_it_had_and_exports_by_it(strict: bool) -> None:
+    model, x = lived_in(Named()).eval(), image()
+    converted = renormify(model)
+    assert inspect.signature(converted.forward) == inspect.signature(model.forward)
+    shapes = {"x": {0: torch.export.Dim("batch", min=2, max=9)}}
+    program = torch.export.export(converted, (x,), dynamic_shapes=shapes, strict=strict)
+    torch.testing.assert_close(program.module()(x[:2]), model(x[:2]))
+
+
+def decorated(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, x: forward(self, x)
+
+
+class Decorated(State):
+    @decorated
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+def test_decorated_forward_is_saved_as_before() -> None:
+    converted, x = renormify(Decorated()), image()
+    file = io.BytesIO()
+    torch.save(converted, file)
+    file.seek(0)
+    twin = pickle.loads(pickle.dumps(converted))
+    assert torch.equal(torch.load(file, weights_only=False)(x), twin(x))
+
+
+# -------------------------------------------------------------------------------------- never silent
+
+
+class OnTheInstance(State):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.norm  # type: ignore[method-assign]
+
+
+class ByAnotherName(State):
+    """Normalises in a method that others call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class InAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = [nn.BatchNorm2d(C)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norms[0](x)  # type: ignore[no-any-return]
+
+
+class StatisticsInAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = [torch.zeros(C), torch.ones(C)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, *self.statistics, training=self.training)
+
+
+@torch.fx.wrap
+def wrapped(x: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor:
+    return F.batch_norm(x, mean, var, training=training)
+
+
+class Wrapped(State):
+    def forward(self, x: Tensor) -> Tensor:
+        return wrapped(x, self.running_mean, self.running_var, self.training)
+
+
+class WhenAsked(State):
+    def forward(self, x: Tensor, normalise: bool = False) -> Tensor:
+        return self.norm(x) if normalise else x
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "reason"),
+    [
+        (OnTheInstance, "1", "its forward was replaced on the instance"),
+        (ByAnotherName, "1", "its method norm calls batch_norm, not its forward"),
+        (InAList, "1.norms[0]", "it is in no ModuleList or ModuleDict"),
+        (StatisticsInAList, "1", "its running statistics lie where no name leads"),
+        (Wrapped, "1", "its code calls batch_norm where no trace came"),
+        (WhenAsked, "1", "its code calls batch_norm where no trace came"),
+    ],
+)
+def test_what_is_not_converted_is_reported(form: type[nn.Module], name: str, reason: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(C), form())
+    report = convert(model).report
+    assert (report.converted, report.skipped) == (("0",), (name,))
+    assert reason in report.sites[1].reason
+
+
+def test_method_of_that_name_is_no_call() -> None:
+    class Attribute(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_norm = nn.BatchNorm2d(C)
+
+        def encode(self, x: Tensor) -> Tensor:
+            return self.batch_norm(x)  # type: ignore[no-any-return]
+
+    assert [site.name for site in convert(Attribute()).report.sites] == ["batch_norm"]
+
+
+def test_scripted_norm_is_reported_as_such() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, that tracing is going away
+        scripted = torch.jit.trace(nn.BatchNorm2d(C), image())
+    report = convert(nn.Sequential(nn.BatchNorm2d(C), scripted)).report
+    assert report.sites[1].reason == "it is scripted or traced; convert what it came from"
+
+
+def test_module_of_a_package_named_as_pythons_is_read() -> None:
+    source = """
+import torch.nn.functional as F
+def forward(self, x):
+    return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+"""
+    namespace: dict[str, Any] = {"__name__": "code.network"}
+    exec(source, namespace)
+    form = type("Network", (State,), {"forward": namespace["forward"], "__module__": "code.network"})
+    assert convert(form()).report.converted == ("",)
