@@ -19,7 +19,7 @@ from renormify.calls import NormCall, norm_calls, operator_name, unknown_calls
 from renormify.forwards import Found, calls_in_forward
 from renormify.graphs import problem_of
 from renormify.interception import is_rewritten
-from renormify.layers import Renormalised
+from renormify.layers import Limited, Renormalised
 from renormify.references import calls_batch_norm, method_that_calls
 from renormify.registry import rule_for
 from renormify.tracing import class_name, is_norm
@@ -72,6 +72,8 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
 def _sites(path: str, module: nn.Module, known: Collection[nn.Module]) -> Iterator[Site]:
     if _is_layer(module) or rule_for(module) is not None:
         yield Site(path, class_name(module), _channels(getattr(module, "running_var", None)), module, path)
+    elif isinstance(module, Limited):
+        return  # a call that was converted
     elif isinstance(module, fx.GraphModule):
         yield from _sites_in_graph(path, module)
     elif isinstance(module, InterpreterModuleDispatcher):  # of several calls, whose state is one

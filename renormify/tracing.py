@@ -184,7 +184,7 @@ def _content_restored(values: list[Any]) -> Iterator[None]:
 
     A forward may keep what it computed; a proxy kept so would break the model.
     """
-    undo: list[Callable[[], None]] = []
+    undo: list[Callable[[], object]] = []
     seen: set[int] = set()
     stack = list(values)
     while stack:
@@ -231,12 +231,12 @@ def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
     return restore
 
 
-def _generator_restorer(value: Any) -> Callable[[], None] | None:
+def _generator_restorer(value: Any) -> Callable[[], object] | None:
     if isinstance(value, random.Random):
         return partial(value.setstate, value.getstate())
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
-    bits = getattr(value, "bit_generator", None)  # of a numpy.random.Generator
+    bits: Any = getattr(value, "bit_generator", None)  # of a numpy.random.Generator
     return partial(setattr, bits, "state", bits.state) if hasattr(bits, "state") else None
 
 
