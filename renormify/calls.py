@@ -33,6 +33,11 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.batch_norm: _ATEN,
     torch.native_batch_norm: _ATEN,
+    torch.cudnn_batch_norm: _ATEN,
+    torch.miopen_batch_norm: _ATEN,
+    torch._native_batch_norm_legit: _ATEN,
+    torch._batch_norm_impl_index: _ATEN,
+    _aten._batch_norm_impl_index.default: _ATEN,
     _aten.batch_norm.default: _ATEN,
     _aten.native_batch_norm.default: _ATEN,
     _aten.cudnn_batch_norm.default: _ATEN,
@@ -53,7 +58,15 @@ _RESULTS = {
     function: len(function._schema.returns)
     for function in _ARGUMENTS
     if isinstance(function, torch._ops.OpOverload)
-} | {F.batch_norm: 1, torch.batch_norm: 1, torch.native_batch_norm: 3}
+} | {
+    F.batch_norm: 1,
+    torch.batch_norm: 1,
+    torch.native_batch_norm: 3,
+    torch.cudnn_batch_norm: 4,
+    torch.miopen_batch_norm: 3,
+    torch._native_batch_norm_legit: 3,
+    torch._batch_norm_impl_index: 5,
+}
 _DEFAULTS = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
 
 

@@ -201,6 +201,11 @@ class WithOwnForward(_Derived):
         with self._statistics_as_the_weight():
             return super().forward(*args, **kwargs)
 
+    def _count(self) -> Tensor | None:
+        """The count under another name, for this one's forward does not move it (see interception)."""
+        count = self._buffers.get("num_batches_tracked")
+        return None if count is None else count.detach()
+
 
 class Thawed(_Derived, Renormalised):
     r"""A frozen BatchNorm, whatever its arithmetic, that follows its batches in training.

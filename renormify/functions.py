@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from renormify.calls import NormCall, norm_calls
+from renormify.errors import InputError, UnsupportedModelError
 from renormify.functional import batch_renorm, is_proxy
 from renormify.graphs import call_module, layer_of
 from renormify.interception import CallsRenormalised, TrainingForward, is_rewritten
@@ -31,11 +32,20 @@ def convert_forward(
         module: whose class has the forward.
         sites: those of its calls that are to be converted.
         left: those that stay.
-        settings: for all of them.
+        settings: for all that are converted.
+
+    Raises:
+        InputError: where calls on the same statistics are in both.
     """
     limits = {"r_max": float(settings.r_max), "d_max": float(settings.d_max), "calls_batch_renorm": True}
     vars(module).update(limits)
     chosen = tuple(_statistics(sites))
+    torn = [site.name for site in left if site.calls[0].trains and {*_statistics([site])} & {*chosen}]
+    if torn:
+        raise InputError(
+            f"the calls of {type(module).__name__} on the same statistics must be converted together: "
+            f"expected the filter to take {torn[0] or 'the first'} too, or none"
+        )
     staying = frozenset(_statistics(left)).difference(chosen)
     calls = CallsRenormalised(settings.momentum, settings.stat, settings.include_frozen, chosen, staying)
     vars(module)["forward"] = functools.partial(TrainingForward(type(module), calls), module)
@@ -205,11 +215,19 @@ def calls_renorm(module: nn.Module) -> bool:
 
 
 def restore_forward(module: nn.Module) -> bool:
-    """Undoes :func:`convert_forward` and the calls of :func:`convert_graph`; whether there was any."""
+    """Undoes :func:`convert_forward` and the calls of :func:`convert_graph`; whether there was any.
+
+    Raises:
+        UnsupportedModelError: where somebody has put another forward in front of ours.
+    """
     if is_rewritten(module):
         for name in ("forward", "r_max", "d_max", "calls_batch_renorm"):
             del vars(module)[name]
         return True
+    if "calls_batch_renorm" in vars(module):
+        raise UnsupportedModelError(
+            f"the forward of {type(module).__name__} was wrapped after conversion; unwrap it first"
+        )
     calls = {name: call for name, call in module.named_children() if isinstance(call, BatchRenormCall)}
     for name, call in calls.items():
         restored = BatchNormCall(call.recorded_momentum, call.eps)

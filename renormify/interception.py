@@ -39,11 +39,12 @@ class _Renormalises(Protocol):
 
 
 class _Interception(TorchFunctionMode):
-    """Hands calls of batch_norm to ``renormalise``, in the forward of ``owner``."""
+    """Hands calls of batch_norm to ``renormalise``, in the forward of ``owner``; keeps ``count`` as it is."""
 
-    def __init__(self, owner: nn.Module, renormalise: _Renormalises) -> None:
+    def __init__(self, owner: nn.Module, renormalise: _Renormalises, count: Tensor | None = None) -> None:
         super().__init__()
-        self.owner, self.renormalise = owner, renormalise
+        self.owner, self.renormalise, self.count = owner, renormalise, count
+        self.gradients = torch.is_grad_enabled()
         self.hooks = None if torch.compiler.is_compiling() else hooks_on_what_is_saved()
 
     def __torch_function__(
@@ -56,15 +57,22 @@ class _Interception(TorchFunctionMode):
                 self._refuse_checkpoint()
                 alone = number_of_results(func) == 1
                 return output if alone else _with_statistics(func, args, kwargs, output)
+        elif func in _COUNTING and args[0] is self.count:
+            return self.count
         return func(*args, **kwargs)
 
     def _refuse_checkpoint(self) -> None:
         """Its second run would come when the forward is over, and nobody listens."""
-        if not torch.compiler.is_compiling() and hooks_on_what_is_saved() is not self.hooks:
+        if torch.compiler.is_compiling():
+            return
+        if hooks_on_what_is_saved() is not self.hooks or torch.is_grad_enabled() != self.gradients:
             raise UnsupportedModelError(
-                f"the forward of {type(self.owner).__name__} checkpoints its call of batch_norm; "
-                "checkpoint the module itself, or make it call a layer"
+                f"the forward of {type(self.owner).__name__} checkpoints its call of batch_norm, or switches "
+                "gradients for it; checkpoint the module itself, or make it call a layer"
             )
+
+
+_COUNTING = frozenset({Tensor.add_, Tensor.__iadd__, Tensor.add, Tensor.__add__, Tensor.__radd__})
 
 
 def _with_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
@@ -82,17 +90,40 @@ def _with_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 
 def own_call_renormalised(layer: Renormalised) -> TorchFunctionMode:
-    """Within this, a norm layer's call on its own state is Batch Renorm; its forward counts the batches."""
+    """Within this, a norm layer's calls on its own statistics are Batch Renorm.
+
+    The layer counts its batches itself, those that move ``running_mean`` and once each; its forward does not,
+    or, where it divides by the count for a cumulative average, in vain.
+    """
+    count = layer.num_batches_tracked
+    before = count.clone() if layer.momentum is None and count is not None else None
 
     def renormalise(call: Arguments) -> Tensor | None:
-        own = call["running_mean"] is layer.running_mean and call["running_var"] is layer.running_var
-        if not own or not call["training"]:
+        mean, var = call["running_mean"], call["running_var"]
+        if not call["training"]:
+            return None
+        if mean is layer.running_mean and var is layer.running_var:
+            if before is not None and count is not None:
+                layer.num_batches_tracked = count.copy_(before)
+            return layer.renormalise(call["input"], call["weight"], call["bias"], eps=call["eps"])
+        if not any(mean is buffer for buffer in layer._buffers.values()):
             return None
         momentum = call["momentum"] if layer.momentum is None else layer.momentum
-        settings = {"momentum": momentum, "eps": call["eps"], "num_batches_tracked": None}
-        return layer.renormalise(call["input"], call["weight"], call["bias"], **settings)
+        return batch_renorm(  # for a domain of its own
+            call["input"],
+            mean,
+            var,
+            call["weight"],
+            call["bias"],
+            True,
+            momentum,
+            call["eps"],
+            **layer.limits(),
+            stat=layer.stat,
+        )
 
-    return _Interception(layer, renormalise)
+    layer.keep_statistics_in_float32()
+    return _Interception(layer, renormalise, count if before is None else None)
 
 
 @dataclass(frozen=True)
@@ -146,9 +177,17 @@ class CallsRenormalised:
         for name, buffer in module._buffers.items():
             if buffer is mean:
                 return name not in self.left
-        return any(
-            mean is (given[name] if name in given else attrgetter(name)(module)) for name in self.chosen
-        )
+        return any(mean is _found(module, given, name) for name in self.chosen)
+
+
+def _found(module: nn.Module, given: Arguments, name: str) -> Any:
+    """An argument of a forward, or what lies under a path in the module; None where that is no more."""
+    if name in given:
+        return given[name]
+    try:
+        return attrgetter(name)(module)
+    except AttributeError:
+        return None
 
 
 class TrainingForward:

@@ -153,14 +153,12 @@ class Renormalised(Limited):
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None = None,
-        **settings: Any,
+        eps: float | None = None,
     ) -> Tensor:
         """A training step: normalises ``input`` by the corrected batch, and moves the running statistics.
 
-        ``momentum``, ``eps`` and ``num_batches_tracked`` are the layer's own unless given.
+        ``eps`` is the layer's own unless given.
         """
-        own: dict[str, Any] = {"momentum": self.momentum, "eps": self.eps}
-        own["num_batches_tracked"] = self._buffers.get("num_batches_tracked")
         self.keep_statistics_in_float32()
         self._warn_of_few_values(input)
         return batch_renorm(
@@ -170,13 +168,19 @@ class Renormalised(Limited):
             weight,
             bias,
             True,
-            **{**own, **settings},
+            self.momentum,
+            self.eps if eps is None else eps,
             **self.limits(),
             stat=self.stat,
             mask=mask,
+            num_batches_tracked=self._count(),
             rejected=self._rejected,
             process_group=self._process_group(),
         )
+
+    def _count(self) -> Tensor | None:
+        """What a step counts in; None where the module has none."""
+        return self._buffers.get("num_batches_tracked")
 
     def _process_group(self) -> ProcessGroup | None:
         return None

@@ -326,7 +326,7 @@ def _apply(model: nn.Module, verdicts: _Verdicts, settings: Settings) -> nn.Modu
         if isinstance(module, fx.GraphModule) and calls:
             convert_graph(module, calls, path, settings)
         elif calls:
-            left = [site for site, reason in verdicts if reason and site.path == path]
+            left = [site for site, why in verdicts if why and site.path == path and site.calls]
             convert_forward(module, calls, left, settings)
         elif rule_for(module) is not None:
             model = _put(model, path, apply_rule(module, settings))

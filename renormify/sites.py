@@ -132,11 +132,13 @@ def _sites_beside(path: str, module: nn.Module, known: Collection[nn.Module]) ->
     """What normalises and is not reached by names and forwards."""
     for name, value in vars(module).items():
         held = value.items() if type(value) is dict else enumerate(value) if type(value) in _LISTS else ()
-        for key, norm in held:
-            if isinstance(norm, nn.Module) and is_norm(norm) and norm not in known:
-                place = f"{path}.{name}[{key!r}]".lstrip(".")
-                problem = "it is in no ModuleList or ModuleDict, and so no part of the model; use one"
-                yield Site(place, class_name(norm), None, norm, path, problem=problem)
+        for key, part in held:
+            inner = part.named_modules() if isinstance(part, nn.Module) and part not in known else ()
+            for within, norm in inner:
+                if is_norm(norm):
+                    place = f"{path}.{name}[{key!r}].{within}".strip(".")
+                    problem = "it is in no ModuleList or ModuleDict, and so no part of the model; use one"
+                    yield Site(place, class_name(norm), None, norm, path, problem=problem)
     method = method_that_calls(module)
     if method is not None and _may_have_statistics(module):
         problem = f"its method {method} calls batch_norm, not its forward; make it call a layer"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 import threading
 import warnings
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -137,11 +136,14 @@ def trace_forward(
         stand_in.__dict__["_check_input_dim"] = lambda input: None
         stand_in.__dict__["momentum"] = 0.1 if module.momentum is None else module.momentum
     touched = [vars(part) for part in module.modules()]
-    touched += [
-        held for part in module.modules() for held in (part._buffers, part._parameters, part._modules)
-    ]
-    touched += _globals_of(forward)
-    with _patched, warnings.catch_warnings(), _content_restored(touched), generators_restored(module):
+    registered = [*module.parameters(), *module.buffers()]
+    with (
+        _patched,
+        warnings.catch_warnings(),
+        _globals_restored(forward) as known,
+        _content_restored([*touched, *known], but=registered),
+        generators_restored(module),
+    ):
         warnings.simplefilter("ignore")
         return _ForwardTracer().trace(stand_in)
 
@@ -153,7 +155,9 @@ class _Unannounced:
         pass
 
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_CONTAINERS = (dict, list, set, deque)
+_LOOKED_INTO = 1_000
+"""Items; what a larger container holds is not looked into."""
 
 
 @contextmanager
@@ -172,20 +176,29 @@ def generators_restored(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(numpys)
 
 
-def _globals_of(forward: Callable[..., Any]) -> list[Any]:
-    """What the code of a forward may keep something in beside the module."""
+@contextmanager
+def _globals_restored(forward: Callable[..., Any]) -> Iterator[list[Any]]:
+    """Gives the global names in the code of a forward what they stood for; yields that."""
     code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
-    return [known[name] for name in getattr(code, "co_names", ()) if name in known]
+    before = {name: known[name] for name in getattr(code, "co_names", ()) if name in known}
+    try:
+        yield list(before.values())
+    finally:
+        known.update({name: value for name, value in before.items() if known[name] is not value})
 
 
 @contextmanager
-def _content_restored(values: list[Any]) -> Iterator[None]:
+def _content_restored(values: list[Any], but: list[Tensor]) -> Iterator[None]:
     """Containers, plain objects and tensors have the content again that they had, all the way down.
 
     A forward may keep what it computed; a proxy kept so would break the model.
+
+    Args:
+        values: from which to go down.
+        but: tensors that are none but proxies to the forward.
     """
     undo: list[Callable[[], object]] = []
-    seen: set[int] = set()
+    seen = set(map(id, but))
     stack = list(values)
     while stack:
         value = stack.pop()
@@ -196,9 +209,10 @@ def _content_restored(values: list[Any]) -> Iterator[None]:
             undo.append(_tensor_restorer(value))
         elif (generator := _generator_restorer(value)) is not None:
             undo.append(generator)
-        elif type(value) in _CONTAINERS:
+        elif isinstance(value, _CONTAINERS):
             undo.append(_container_restorer(value))
-            stack += value.values() if isinstance(value, dict) else value
+            if len(value) <= _LOOKED_INTO:
+                stack += value.values() if isinstance(value, dict) else value
         elif _is_plain_object(value):
             stack.append(vars(value))
     try:
@@ -236,17 +250,20 @@ def _generator_restorer(value: Any) -> Callable[[], object] | None:
         return partial(value.setstate, value.getstate())
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
-    bits: Any = getattr(value, "bit_generator", None)  # of a numpy.random.Generator
-    return partial(setattr, bits, "state", bits.state) if hasattr(bits, "state") else None
+    if type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return None
 
 
 def _container_restorer(container: Any) -> Callable[[], None]:
-    content = copy.copy(container)
+    base: Any = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+    content = base(container)
 
     def restore() -> None:
         if not _is_same(container, content):  # another thread may be reading it
-            container.clear()
-            container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+            base.clear(container)
+            put_back = base.extend if base in (list, deque) else base.update
+            put_back(container, content)
 
     return restore
 

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from norms import C, image, lived_in
 from oracle import Oracle
 from torch import Tensor, nn
+from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from renormify import convert, renormify, revert
-from renormify.errors import UnsupportedModelError
+from renormify.errors import InputError, UnsupportedModelError
 
 LOG: list[Any] = []
 
@@ -312,6 +313,197 @@ def test_thawed_norm_keeps_the_order_of_its_state() -> None:
     assert list(renormify(model, include_frozen=True).state_dict()) == list(model.state_dict())
 
 
+# ------------------------------------------------------------------------------- counted, and counted once
+
+
+class Counts(nn.BatchNorm2d):
+    """Counts as torch's own forward does, and as timm's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return F.batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            factor,
+            self.eps,
+        )
+
+
+class CountsAnew(Counts):
+    def forward(self, input: Tensor) -> Tensor:
+        self.num_batches_tracked = self.num_batches_tracked + 1
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.5, self.eps
+        )
+
+
+class PassesItsMomentum(Counts):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum
+        )
+
+
+@pytest.mark.parametrize("form", [Counts, CountsAnew, PassesItsMomentum])
+@pytest.mark.parametrize("saving", [None, False, True])
+def test_cumulative_average_is_over_the_batches_that_count(
+    form: type[nn.Module], saving: bool | None
+) -> None:
+    layer = renormify(form(C), momentum=None)
+    batches = [image() for _ in range(4)]
+    batches[1][0, 0, 0, 0] = torch.inf  # is rejected
+    for x in batches:
+        x = x.requires_grad_()
+        y = layer(x) if saving is None else checkpoint(layer, x, use_reentrant=saving)
+        y.sum().backward()
+    good = torch.stack([x.detach().mean((0, 2, 3)) for x in batches if x.isfinite().all()])
+    torch.testing.assert_close(layer.running_mean, good.mean(0))
+    assert (int(layer.num_batches_tracked), int(layer.rejected_batches)) == (3, 1)
+
+
+@pytest.mark.parametrize("form", [Counts, CountsAnew])
+def test_forward_and_layer_count_together_once(form: type[nn.Module]) -> None:
+    layer = renormify(form(C))
+    for count in range(1, 4):
+        checkpoint(layer, image().requires_grad_(), use_reentrant=False).sum().backward()
+        assert int(layer.num_batches_tracked) == count
+
+
+class TwoDomains(nn.BatchNorm2d):
+    """Statistics of its own for adversarial images, as AdvProp has them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("other_mean", torch.zeros(channels))
+        self.register_buffer("other_var", torch.ones(channels))
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = self.running_mean, self.running_var
+        rest = self.weight, self.bias, self.training, self.momentum, self.eps
+        return (
+            F.batch_norm(input, mean, var, *rest) + F.batch_norm(input, mean, var, *rest),
+            F.batch_norm(input, self.other_mean, self.other_var, *rest),
+        )
+
+
+def test_every_call_on_statistics_of_a_layer_is_renormalised() -> None:
+    layer, x = renormify(TwoDomains(C)), image()
+    _, y = layer(x)
+    mean = x.mean((0, 2, 3))
+    torch.testing.assert_close(layer.other_mean, 0.01 * mean)
+    torch.testing.assert_close(layer.running_mean, (1 - 0.99**2) * mean)
+    torch.testing.assert_close(y, of_the_paper(TwoDomains(C), x))
+
+
+def test_first_step_in_half_precision_is_whole() -> None:
+    layer, x = renormify(TwoDomains(C)).bfloat16(), image().bfloat16()
+    layer.running_mean = layer.running_mean.bfloat16()
+    layer.running_var = layer.running_var.bfloat16()
+    layer(x)
+    mean = x.float().mean((0, 2, 3))
+    torch.testing.assert_close(layer.running_mean, (1 - 0.99**2) * mean, rtol=0.01, atol=1e-4)
+
+
+class Reentrant(State):
+    saving = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.norm, x, use_reentrant=True) if self.saving else self.norm(x)  # type: ignore[no-any-return]
+
+
+def test_reentrant_checkpoint_switched_on_later_is_refused() -> None:
+    converted = renormify(Reentrant())
+    converted(image())
+    converted.saving = True
+    with pytest.raises(UnsupportedModelError, match="Reentrant checkpoints its call of batch_norm"):
+        converted(image().requires_grad_())
+
+
+class Borrows(State):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = State(), State()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (self.first, self.second):
+            if part is not None:
+                x = F.batch_norm(x, part.running_mean, part.running_var, training=self.training)
+        return x
+
+
+def test_part_that_is_taken_away_later_is_no_error() -> None:
+    converted, x = renormify(Borrows()), image()
+    converted.first = None
+    converted(x)
+    torch.testing.assert_close(converted.second.running_mean, 0.01 * x.mean((0, 2, 3)))
+
+
+class TwiceTheSame(State):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.norm(x))
+
+
+def test_calls_on_the_same_statistics_are_not_torn_apart() -> None:
+    model = nn.Sequential(TwiceTheSame())
+    with pytest.raises(InputError, match="expected the filter to take 0:1 too, or none"):
+        convert(model, filter_fn=lambda module, name: name == "0", inplace=True)
+    assert set(vars(model[0])) == set(vars(TwiceTheSame()))
+
+
+def test_forward_wrapped_later_is_not_reverted_by_halves() -> None:
+    converted = renormify(State())
+    forward = converted.forward
+    converted.forward = lambda x: forward(x)
+    with pytest.raises(UnsupportedModelError, match="was wrapped after conversion; unwrap it first"):
+        revert(converted, inplace=True)
+    assert converted.r_max == 3.0
+
+
+def _native_legit(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    return torch._native_batch_norm_legit(x, None, None, mean, var, True, 0.1, 1e-5)[0]  # type: ignore[no-any-return]
+
+
+def _impl_index(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    return torch._batch_norm_impl_index(x, None, None, mean, var, True, 0.1, 1e-5, False)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("call", [_native_legit, _impl_index])
+def test_lesser_known_functions_are_calls_too(call: Callable[..., Tensor]) -> None:
+    class Calls(State):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(x, self.running_mean, self.running_var)
+
+    model, x = lived_in(Calls()), image()
+    torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
+    torch.testing.assert_close(renormify(model)(x), of_the_paper(model, x))
+
+
+class Asks:
+    """What answers every question with an error, as proxies of configurations do."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name) if not name.startswith("__") else AttributeError(name)
+
+
+class Holder(State):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Asks()
+        self.register_buffer("large", torch.zeros(1_000_000))
+
+
+def test_discovery_asks_nothing_and_copies_no_buffer() -> None:
+    model = Holder()
+    with profile(profile_memory=True) as record:
+        assert convert(model, inplace=True).report.converted == ("",)
+    assert max(event.cpu_memory_usage for event in record.events()) < 1_000_000
+
+
 # ----------------------------------------------------------------------------------- seen from outside
 
 
@@ -368,7 +560,7 @@ class ByAnotherName(State):
 class InAList(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norms = [nn.BatchNorm2d(C)]
+        self.norms = [nn.Sequential(nn.ReLU(), nn.BatchNorm2d(C))]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norms[0](x)  # type: ignore[no-any-return]
@@ -403,7 +595,7 @@ class WhenAsked(State):
     [
         (OnTheInstance, "1", "its forward was replaced on the instance"),
         (ByAnotherName, "1", "its method norm calls batch_norm, not its forward"),
-        (InAList, "1.norms[0]", "it is in no ModuleList or ModuleDict"),
+        (InAList, "1.norms[0].1", "it is in no ModuleList or ModuleDict"),
         (StatisticsInAList, "1", "its running statistics lie where no name leads"),
         (Wrapped, "1", "its code calls batch_norm where no trace came"),
         (WhenAsked, "1", "its code calls batch_norm where no trace came"),
