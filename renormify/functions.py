@@ -20,7 +20,14 @@ from renormify.rules import convert_layer
 from renormify.settings import Settings
 from renormify.sites import Site
 
-__all__ = ["BatchRenormCall", "calls_renorm", "convert_forward", "convert_graph", "restore_forward"]
+__all__ = [
+    "BatchRenormCall",
+    "calls_renorm",
+    "check_restorable",
+    "convert_forward",
+    "convert_graph",
+    "restore_forward",
+]
 
 
 def convert_forward(
@@ -37,8 +44,6 @@ def convert_forward(
     Raises:
         InputError: where calls on the same statistics are in both.
     """
-    limits = {"r_max": float(settings.r_max), "d_max": float(settings.d_max), "calls_batch_renorm": True}
-    vars(module).update(limits)
     chosen = tuple(_statistics(sites))
     torn = [site.name for site in left if site.calls[0].trains and {*_statistics([site])} & {*chosen}]
     if torn:
@@ -48,7 +53,8 @@ def convert_forward(
         )
     staying = frozenset(_statistics(left)).difference(chosen)
     calls = CallsRenormalised(settings.momentum, settings.stat, settings.include_frozen, chosen, staying)
-    vars(module)["forward"] = functools.partial(TrainingForward(type(module), calls), module)
+    limits = {"r_max": float(settings.r_max), "d_max": float(settings.d_max), "calls_batch_renorm": True}
+    vars(module).update(limits, forward=functools.partial(TrainingForward(type(module), calls), module))
 
 
 def _statistics(sites: Iterable[Site]) -> Iterator[str]:
@@ -214,20 +220,24 @@ def calls_renorm(module: nn.Module) -> bool:
     return isinstance(module, BatchRenormCall) or is_rewritten(module)
 
 
-def restore_forward(module: nn.Module) -> bool:
-    """Undoes :func:`convert_forward` and the calls of :func:`convert_graph`; whether there was any.
+def check_restorable(module: nn.Module) -> None:
+    """Looks whether :func:`restore_forward` will find what was put there.
 
     Raises:
         UnsupportedModelError: where somebody has put another forward in front of ours.
     """
+    if "calls_batch_renorm" in vars(module) and not is_rewritten(module):
+        raise UnsupportedModelError(
+            f"the forward of {type(module).__name__} was wrapped after conversion; unwrap it first"
+        )
+
+
+def restore_forward(module: nn.Module) -> bool:
+    """Undoes :func:`convert_forward` and the calls of :func:`convert_graph`; whether there was any."""
     if is_rewritten(module):
         for name in ("forward", "r_max", "d_max", "calls_batch_renorm"):
             del vars(module)[name]
         return True
-    if "calls_batch_renorm" in vars(module):
-        raise UnsupportedModelError(
-            f"the forward of {type(module).__name__} was wrapped after conversion; unwrap it first"
-        )
     calls = {name: call for name, call in module.named_children() if isinstance(call, BatchRenormCall)}
     for name, call in calls.items():
         restored = BatchNormCall(call.recorded_momentum, call.eps)

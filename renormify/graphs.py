@@ -89,12 +89,12 @@ _COUNTING = ("add_", operator.iadd, operator.add, _aten.add_.Tensor, _aten.add.T
 def _forget_count(graph: fx.Graph, target: str) -> None:
     """Removes what counts the batches: the layer counts those that move its statistics."""
     for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == target]:
-        _erase_count(node, target)
+        _erase_count(node)
 
 
-def _erase_count(node: fx.Node, target: str) -> None:
+def _erase_count(node: fx.Node) -> None:
     for user in reversed(list(node.users)):  # the copy back of a sum comes behind the sum
-        if user.target in _COUNTING or (user.target == "__setattr__" and user.args[0] == target):
-            _erase_count(user, target)
+        if user.target in _COUNTING:
+            _erase_count(user)
     if not node.users:
         node.graph.erase_node(node)

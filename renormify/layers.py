@@ -277,10 +277,6 @@ class _BatchRenorm(Renormalised, _NormBase):
         """Normalises ``input``; see :func:`renormify.functional.batch_renorm` for ``mask``."""
         if is_proxy(input):
             return kept_whole(self, *((input,) if mask is None else (input, mask)))
-        return self.normalise(input, mask)
-
-    def normalise(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The forward itself, for a derived class whose own forward is traced."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training:
             return self.renormalise(input, self.weight, self.bias, mask)

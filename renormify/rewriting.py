@@ -18,7 +18,13 @@ from torch.nn.parameter import UninitializedBuffer
 
 from renormify.errors import NothingToConvertError, RenormifyWarning, UnsupportedModelError
 from renormify.forwards import traces_shared
-from renormify.functions import calls_renorm, convert_forward, convert_graph, restore_forward
+from renormify.functions import (
+    calls_renorm,
+    check_restorable,
+    convert_forward,
+    convert_graph,
+    restore_forward,
+)
 from renormify.layers import Renormalised, is_batch_renorm
 from renormify.programs import is_program_module, make_trainable
 from renormify.registry import register_rule, rule_for
@@ -222,12 +228,15 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         NothingToConvertError: when the model holds no Batch Renorm.
-        UnsupportedModelError: as for :func:`convert`, and for a layer that derives from one of ours.
+        UnsupportedModelError: as for :func:`convert`, for a layer that derives from one of ours, and for a
+            forward that was wrapped since.
     """
     _check_model(model)
     for _, layer in _layers(model):
         if "replaces" not in vars(layer):
             original_of(layer)  # before any is changed
+    for module in model.modules():
+        check_restorable(module)
     target = _target(model, inplace)
     layers = list(_layers(target))
     calls = [module for module in target.modules() if restore_forward(module)]
