@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +31,8 @@ def main() -> None:
         assert torch.equal(first, ours.float())
     assert model[1].r_max == LinearSchedule(STEPS).at(STEPS)[0]
     print(f"process {accelerator.process_index} of {accelerator.num_processes} agrees")
+    gc.collect()  # of DistributedDataParallel, which holds the group whose end aborts the process
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

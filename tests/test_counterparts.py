@@ -808,11 +808,11 @@ class Childless(nn.BatchNorm2d, metaclass=Final):
 class Normalises(nn.BatchNorm2d):
     """Has a method whose name a layer of ours needs."""
 
-    def normalise(self, input: Tensor) -> Tensor:
+    def renormalise(self, input: Tensor) -> Tensor:
         return input / 2
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(self.normalise(input))
+        return super().forward(self.renormalise(input))
 
 
 class Named(nn.BatchNorm2d):
@@ -827,7 +827,7 @@ class Named(nn.BatchNorm2d):
     ("layer", "reason"),
     [
         (Childless(C), "no class can be derived from Childless"),
-        (Normalises(C), "has an attribute normalise of its own; rename that"),
+        (Normalises(C), "has an attribute renormalise of its own; rename that"),
         *(
             (Named(C, name), f"has an attribute {name} of its own; rename that")
             for name in (
