@@ -54,18 +54,10 @@ _FUNCTIONAL = (
     _aten._native_batch_norm_legit_functional.default,
     _aten._batch_norm_with_update_functional.default,
 )
+# A function of torch gives as many results as the operator of its name.
 _RESULTS = {
-    function: len(function._schema.returns)
+    function: len(getattr(_aten, function.__name__.removesuffix(".default")).default._schema.returns)
     for function in _ARGUMENTS
-    if isinstance(function, torch._ops.OpOverload)
-} | {
-    F.batch_norm: 1,
-    torch.batch_norm: 1,
-    torch.native_batch_norm: 3,
-    torch.cudnn_batch_norm: 4,
-    torch.miopen_batch_norm: 3,
-    torch._native_batch_norm_legit: 3,
-    torch._batch_norm_impl_index: 5,
 }
 _DEFAULTS = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
 

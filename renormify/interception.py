@@ -89,6 +89,21 @@ def _with_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
     return output, *others
 
 
+def _renormalised(call: Arguments, momentum: float | None, **settings: Any) -> Tensor:
+    """What :func:`batch_renorm` makes of a call, on the statistics that it names."""
+    return batch_renorm(
+        call["input"],
+        call["running_mean"],
+        call["running_var"],
+        call["weight"],
+        call["bias"],
+        True,
+        momentum,
+        call["eps"],
+        **settings,
+    )
+
+
 def own_call_renormalised(layer: Renormalised) -> TorchFunctionMode:
     """Within this, a norm layer's calls on its own statistics are Batch Renorm.
 
@@ -109,18 +124,7 @@ def own_call_renormalised(layer: Renormalised) -> TorchFunctionMode:
         if not any(mean is buffer for buffer in layer._buffers.values()):
             return None
         momentum = call["momentum"] if layer.momentum is None else layer.momentum
-        return batch_renorm(  # for a domain of its own
-            call["input"],
-            mean,
-            var,
-            call["weight"],
-            call["bias"],
-            True,
-            momentum,
-            call["eps"],
-            **layer.limits(),
-            stat=layer.stat,
-        )
+        return _renormalised(call, momentum, **layer.limits(), stat=layer.stat)  # for a domain of its own
 
     layer.keep_statistics_in_float32()
     return _Interception(layer, renormalise, count if before is None else None)
@@ -156,19 +160,8 @@ class CallsRenormalised:
         """
         if not (call["training"] or self.include_frozen) or not self._takes(module, given, call):
             return None
-        return batch_renorm(
-            call["input"],
-            call["running_mean"],
-            call["running_var"],
-            call["weight"],
-            call["bias"],
-            True,
-            call["momentum"] if self.momentum == "keep" else self.momentum,
-            call["eps"],
-            r_max=module.r_max,
-            d_max=module.d_max,
-            stat=self.stat,
-        )
+        momentum = call["momentum"] if self.momentum == "keep" else self.momentum
+        return _renormalised(call, momentum, r_max=module.r_max, d_max=module.d_max, stat=self.stat)
 
     def _takes(self, module: nn.Module, given: Arguments, call: Arguments) -> bool:
         mean = call["running_mean"]

@@ -80,7 +80,7 @@ class _ForwardTracer(fx.Tracer):
 
     def path_of_module(self, mod: nn.Module) -> str:
         """A norm layer that calls ``super().forward()`` calls itself, without its own forward."""
-        return "normalise" if mod is self.root else super().path_of_module(mod)
+        return "super" if mod is self.root else super().path_of_module(mod)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """As all are."""
