@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import CodeType
@@ -33,9 +33,9 @@ Arguments = Mapping[str, Any]
 
 
 class _Renormalises(Protocol):
-    """What becomes of a call: the output of Batch Renorm, or None where the call stays what it is."""
+    """What becomes of a call: the way to its output of Batch Renorm, or None where it stays what it is."""
 
-    def __call__(self, call: Arguments, /) -> Tensor | None: ...
+    def __call__(self, call: Arguments, /) -> Callable[[], Tensor] | None: ...
 
 
 class _Interception(TorchFunctionMode):
@@ -52,9 +52,10 @@ class _Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in NORM_FUNCTIONS:
-            output = self.renormalise(arguments_of(func, args, kwargs))
-            if output is not None:
+            renormalised = self.renormalise(arguments_of(func, args, kwargs))
+            if renormalised is not None:
                 self._refuse_checkpoint()
+                output = renormalised()
                 alone = number_of_results(func) == 1
                 return output if alone else _with_statistics(func, args, kwargs, output)
         elif func in _COUNTING and args[0] is self.count:
@@ -89,9 +90,10 @@ def _with_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
     return output, *others
 
 
-def _renormalised(call: Arguments, momentum: float | None, **settings: Any) -> Tensor:
+def _renormalised(call: Arguments, momentum: float | None, **settings: Any) -> Callable[[], Tensor]:
     """What :func:`batch_renorm` makes of a call, on the statistics that it names."""
-    return batch_renorm(
+    return functools.partial(
+        batch_renorm,
         call["input"],
         call["running_mean"],
         call["running_var"],
@@ -113,14 +115,15 @@ def own_call_renormalised(layer: Renormalised) -> TorchFunctionMode:
     count = layer.num_batches_tracked
     before = count.clone() if layer.momentum is None and count is not None else None
 
-    def renormalise(call: Arguments) -> Tensor | None:
+    def renormalise(call: Arguments) -> Callable[[], Tensor] | None:
         mean, var = call["running_mean"], call["running_var"]
         if not call["training"]:
             return None
         if mean is layer.running_mean and var is layer.running_var:
             if before is not None and count is not None:
                 layer.num_batches_tracked = count.copy_(before)
-            return layer.renormalise(call["input"], call["weight"], call["bias"], eps=call["eps"])
+            affine = call["weight"], call["bias"]
+            return functools.partial(layer.renormalise, call["input"], *affine, eps=call["eps"])
         if not any(mean is buffer for buffer in layer._buffers.values()):
             return None
         momentum = call["momentum"] if layer.momentum is None else layer.momentum
@@ -150,8 +153,8 @@ class CallsRenormalised:
     chosen: tuple[str, ...]
     left: frozenset[str]
 
-    def __call__(self, module: Any, given: Arguments, call: Arguments) -> Tensor | None:
-        """The output of a call in training, or None where it stays.
+    def __call__(self, module: Any, given: Arguments, call: Arguments) -> Callable[[], Tensor] | None:
+        """The way to the output of a call in training, or None where it stays.
 
         Args:
             module: whose forward makes it.

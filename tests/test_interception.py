@@ -252,8 +252,10 @@ class Sometimes(State):
 def test_checkpoint_whose_second_run_nobody_would_see_is_refused() -> None:
     converted, x = renormify(Sometimes()), image()
     converted(x)
+    before = copy.deepcopy(converted.state_dict())
     with pytest.raises(UnsupportedModelError, match="Sometimes checkpoints its call of batch_norm"):
         converted(x, saving=True)
+    torch.testing.assert_close(converted.state_dict(), before, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------------------- norms of their own
