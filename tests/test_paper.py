@@ -20,7 +20,7 @@ import torch
 from paper import pictures, tables
 from paper.data import Images, Sampler, load, missing
 from paper.intervals import difference, mean, p_value
-from paper.networks import Microbatches, Pooled, Workers, build, for_deployment, for_training
+from paper.networks import Constant, Microbatches, Pooled, Workers, build, for_deployment, for_training
 from paper.records import Records
 from paper.settings import FULL, QUICK, SCRATCH, Arm, Run
 from paper.training import perform
@@ -101,6 +101,20 @@ def test_pooled_workers_dealt_anew_differ_in_the_gradient_alone():
         torch.testing.assert_close(own.running_var, 0.9 * before["running_var"] + 0.1 * values.var(1))
         found.append(torch.empty_like(grad).index_copy(0, order, input_grad))
     assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def test_constant_statistics_have_no_gradient_and_move_as_pooled_ones():
+    x = (torch.randn(8, 3, 5, 4, dtype=torch.float64) + 1).requires_grad_()
+    norm = trained(BatchRenorm2d(3, momentum=0.1, r_max=1e6, d_max=1e6))
+    pooled = copy.deepcopy(norm)
+    evaluated = copy.deepcopy(norm).eval()
+    output, expected = Constant(norm, 2)(x), evaluated(x)
+    torch.testing.assert_close(output, expected)
+    (grad,) = torch.autograd.grad(output.pow(3).sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.pow(3).sum(), x)[0])
+    Pooled(pooled, 2)(x)
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(pooled.named_buffers()))
+    assert not torch.equal(norm.running_mean, evaluated.running_mean)
 
 
 @pytest.mark.parametrize("norm", ["bn", "br"])
@@ -199,7 +213,7 @@ def made_up_data(folder):
     return folder
 
 
-@pytest.mark.parametrize("norm", ["bn", "br", "pooled"])
+@pytest.mark.parametrize("norm", ["bn", "br", "pooled", "constant"])
 def test_a_run_from_start_to_end_repeats(tmp_path, norm):
     folder = made_up_data(tmp_path)
     run = Run(

@@ -101,6 +101,21 @@ class Pooled(Workers):
         norm.running_var.lerp_(found_var, norm.momentum)
 
 
+class Constant(Pooled):
+    """Pooled statistics that the gradient takes for constants, as those of a norm that does not train."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        norm = self.norm
+        known = (norm.running_mean.clone(), norm.running_var.clone())
+        output = F.batch_norm(input, *known, norm.weight, norm.bias, eps=norm.eps)
+        if self.training:
+            self.learn(input, *known)
+        return output
+
+
+CONTROLLED = {"pooled": Pooled, "constant": Constant}
+
+
 def build(run: Run) -> nn.Module:
     """The network of a run, as it is before the first step, with its norm layers as users have them."""
     torch.manual_seed(run.seed)
@@ -111,7 +126,7 @@ def build(run: Run) -> nn.Module:
 
 def for_training(model: nn.Module, run: Run) -> nn.Module:
     """The same network, whose norm layers see microbatches."""
-    kind = Pooled if run.norm == "pooled" else Workers if run.from_scratch else Microbatches
+    kind = CONTROLLED.get(run.norm, Workers if run.from_scratch else Microbatches)
     return _replaced(model, (nn.BatchNorm2d, BatchRenorm2d), lambda norm: kind(norm, run.microbatch))
 
 

@@ -12,7 +12,7 @@ PROTOCOL = 1
 """Goes up when the way a run is done changes, so that results of the former way no longer count."""
 
 LABELS = 10
-RENORM = ("br", "pooled")
+RENORM = ("br", "pooled", "constant")
 MOVING = ("bn", *RENORM)
 """Norms whose running statistics move."""
 
@@ -28,8 +28,9 @@ class Run:
         network: "plain6", "plain14" and "plain20", so many convolutions in a row, are trained from scratch;
             "efficientnet_lite0" and "mobilenet_v2" are fine-tuned.
         norm: "bn" and "br" are BatchNorm and Batch Renorm; "pooled" is Batch Renorm whose running statistics
-            move by those of all images of a step together; "frozen" is BatchNorm that keeps its pretrained
-            statistics; "gn" is GroupNorm in its place.
+            move by those of all images of a step together; "constant" has the same forward, and no gradient
+            passes through its statistics; "frozen" is BatchNorm that keeps its pretrained statistics; "gn" is
+            GroupNorm in its place.
         microbatch: images that are normalised together.
         labels: how many of the ten labels a microbatch is drawn from; 10 means i.i.d.
         batch: images of an optimisation step, over whose microbatches gradients are averaged.
@@ -197,9 +198,9 @@ CELLS: Mapping[str, Sequence[tuple[int, int]]] = {
 }
 """Microbatch and labels of what is trained from scratch, with BatchNorm and with Batch Renorm."""
 
-CONTROLS = ((8, LABELS), (8, 1))
-"""Of "pooled", with limits that never bind: training's forward is evaluation's, whatever the microbatches;
-these can make themselves felt in the gradient alone."""
+CONTROLS = (("pooled", 8, LABELS), ("pooled", 8, 1), ("constant", 8, 1))
+"""With limits that never bind: training's forward is evaluation's, whatever the microbatches. These make
+themselves felt in the gradient alone of "pooled", and not at all of "constant"."""
 
 FINETUNE = Run(
     network="efficientnet_lite0",
@@ -235,7 +236,7 @@ def _scratch(run: Run, grid: Mapping[str, Sequence[float]]) -> tuple[Arm, ...]:
         for microbatch, labels in cells
         for norm in ("bn", "br")
     ]
-    arms += [replace(unlimited, norm="pooled", microbatch=size, labels=labels) for size, labels in CONTROLS]
+    arms += [replace(unlimited, norm=norm, microbatch=size, labels=labels) for norm, size, labels in CONTROLS]
     return tuple(
         Arm(scratch_name(arm.network, arm.norm, arm.microbatch, arm.labels), arm, grid) for arm in arms
     )

@@ -27,7 +27,8 @@ Results = Mapping[str, Result]
 NAMES = {
     "bn": "BatchNorm",
     "br": "Batch Renorm",
-    "pooled": "Batch Renorm, pooled statistics, no limits",
+    "pooled": "statistics of all images of a step",
+    "constant": "the same, constant in the gradient",
     "frozen": "BatchNorm, frozen",
     "gn": "GroupNorm",
 }
@@ -188,14 +189,14 @@ def biased(study: Study, results: Results) -> str:
 def controls(study: Study, results: Results) -> str:
     """What of finding 3 lies in the gradient."""
     rows = []
-    for size, labels in CONTROLS:
-        found = scratch(study, results, "plain14", "pooled", size, labels)
+    for norm, size, labels in CONTROLS:
+        found = scratch(study, results, "plain14", norm, size, labels)
         drawn = "all" if labels == LABELS else str(labels)
         cells = [NONE] * 2
         if found is not None:
             cells = [mean(values(found, key)).percent() for key in ("test", "test_by_batch")]
-        rows.append([drawn, str(size), *cells])
-    return markdown(("labels", "microbatch", "accuracy", "by batch statistics"), rows)
+        rows.append([NAMES[norm], drawn, str(size), *cells])
+    return markdown(("normalised by", "labels", "microbatch", "accuracy", "by batch statistics"), rows)
 
 
 def overfitting(study: Study, results: Results) -> str:
