@@ -237,6 +237,17 @@ def test_a_run_from_start_to_end_repeats(tmp_path, norm):
         assert first["onnx"]["same"] + first["onnx"]["ties"] >= first["onnx"]["images"] == 250
 
 
+def test_a_run_that_diverges_is_a_result(tmp_path):
+    run = Run(network="plain6", norm="br", microbatch=8, batch=16, steps=21, lr=1e20, momentum=0.1, test=250)
+    result = perform(run, made_up_data(tmp_path))
+    assert result["diverged"]
+    assert result["curve"] == []
+    assert result["test"] == result["test_recalibrated"] < 0.3
+    assert "onnx" not in result
+    assert tables.score([result, {**result, "diverged": False}]).endswith(" (1 of 2 diverged)")
+    assert tables.steps_to([result, {**result, "curve": [(20, 0.9)]}], 0.5) is None
+
+
 def test_data_is_what_the_files_hold(tmp_path):
     data = load(made_up_data(tmp_path))
     assert [len(part) for part in (data.train, data.validation, data.test)] == [600, 5_000, 300]

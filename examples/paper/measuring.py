@@ -41,16 +41,21 @@ def tested(model: nn.Module, run: Run, test: Images, unlabelled: list[Tensor]) -
     Returns:
         ``test``, the accuracy in evaluation mode; of what was trained from scratch also ``test_by_batch``,
         with every microbatch normalised as in training, drawn from as many labels, and
-        ``test_recalibrated``, with running statistics counted anew on training images; of Batch Renorm with
-        seed 0 ``onnx``, how the exported file classifies.
+        ``test_recalibrated``, with running statistics counted anew on training images, or as they are where
+        training diverged; of Batch Renorm with seed 0 ``onnx``, how the exported file classifies.
     """
     result: dict[str, Any] = {"test": accuracy(model, test)}
     if run.from_scratch:
         result["test_by_batch"] = _by_batch(model, run, test)
         result["test_recalibrated"] = _recalibrated(model, test, unlabelled)
-    if run.norm == "br" and run.seed == 0:
+    if run.norm == "br" and run.seed == 0 and _is_finite(model):
         result["onnx"] = _exported(model, test)
     return result
+
+
+def _is_finite(model: nn.Module) -> bool:
+    """Whether its training did not diverge."""
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 @torch.no_grad()
@@ -69,7 +74,8 @@ def _by_batch(model: nn.Module, run: Run, test: Images) -> float:
 
 def _recalibrated(model: nn.Module, test: Images, unlabelled: list[Tensor]) -> float:
     plain = for_deployment(model)
-    recalibrate(plain, unlabelled)
+    if _is_finite(plain):
+        recalibrate(plain, unlabelled)
     return accuracy(plain, test)
 
 

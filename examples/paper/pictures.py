@@ -84,10 +84,10 @@ def microbatch(study: Study, results: Results) -> Figure | None:
         )
         for size, line in ((32, "--"), (2, "-")):
             curves = [result["curve"] for result in found[norm, size]]
-            steps = [step for step, _ in curves[0]]
+            steps = [step for step, _ in min(curves, key=len)]
             heights = [
                 100 * statistics.fmean(accuracy for _, accuracy in points)
-                for points in zip(*curves, strict=True)
+                for points in zip(*curves, strict=False)
             ]
             right.plot(steps, heights, line, color=COLOURS[norm], label=f"{NAMES[norm]}, {size}")
     left.set_xticks(range(len(SIZES)), [str(size) for size in SIZES])

@@ -82,9 +82,17 @@ def values(found: Sequence[Result], key: str = "test") -> list[float]:
     return [result[key] for result in found]
 
 
+def score(found: Sequence[Result], key: str = "test") -> str:
+    """The mean of an arm in percent, and how many of its runs diverged."""
+    diverged = sum(result["diverged"] for result in found)
+    return mean(values(found, key)).percent() + (
+        f" ({diverged} of {len(found)} diverged)" if diverged else ""
+    )
+
+
 def steps_to(found: Sequence[Result], level: float) -> float | None:
     """The first step at which the mean curve is at a level."""
-    for points in zip(*(result["curve"] for result in found), strict=True):
+    for points in zip(*(result["curve"] for result in found), strict=False):  # one that diverged ends sooner
         if statistics.fmean(accuracy for _, accuracy in points) >= level:
             return points[0][0]
     return None
@@ -130,8 +138,8 @@ def microbatch(study: Study, results: Results) -> str:
 def _compared(bn: Sequence[Result], br: Sequence[Result]) -> list[str]:
     plain, ours = values(bn), values(br)
     return [
-        mean(plain).percent(),
-        mean(ours).percent(),
+        score(bn),
+        score(br),
         difference(ours, plain).percent(),
         _p(ours, plain),
     ]
@@ -171,8 +179,7 @@ def biased(study: Study, results: Results) -> str:
                 continue
             ours, theirs = values(found), values(plain)
             versus = ("", "") if norm == "bn" else (_share(values(reference), theirs, ours), _p(ours, theirs))
-            again = mean(values(found, "test_recalibrated")).percent()
-            rows.append([*row, mean(ours).percent(), *versus, again])
+            rows.append([*row, score(found), *versus, score(found, "test_recalibrated")])
     header = (
         "network",
         "labels",
@@ -194,7 +201,7 @@ def controls(study: Study, results: Results) -> str:
         drawn = "all" if labels == LABELS else str(labels)
         cells = [NONE] * 2
         if found is not None:
-            cells = [mean(values(found, key)).percent() for key in ("test", "test_by_batch")]
+            cells = [score(found, key) for key in ("test", "test_by_batch")]
         rows.append([NAMES[norm], drawn, str(size), *cells])
     return markdown(("normalised by", "labels", "microbatch", "accuracy", "by batch statistics"), rows)
 
@@ -243,13 +250,14 @@ def ablation(study: Study, results: Results) -> str:
         for arm, variant, runs in study.ablation(results):
             if arm != name:
                 continue
-            found = [results[run.key()]["test"] for run in runs if run.key() in results]
+            done = [results[run.key()] for run in runs if run.key() in results]
             cells = columns.setdefault(variant, {})
-            if len(found) < len(runs):
+            if len(done) < len(runs):
                 cells[name] = [NONE, NONE]
                 continue
+            found = values(done)
             base = base or found
-            cells[name] = [mean(found).percent(), "" if found is base else _gap(found, base)]
+            cells[name] = [score(done), "" if found is base else _gap(found, base)]
     header = ["variant"]
     for name in study.ablated:
         header += [ablated_title(name), "difference (p)"]
@@ -278,7 +286,7 @@ def finetuning(study: Study, results: Results) -> str:
         for network, size, labels in study.finetuned:
             arm = study.arm(finetune_name(network, norm, size, labels, recalibrate))
             found = finals(study, arm, results)
-            row.append(NONE if found is None else mean(values(found)).percent())
+            row.append(NONE if found is None else score(found))
         rows.append(row)
     drawn = {LABELS: "shuffled", 1: "one label"}
     return markdown(
