@@ -196,15 +196,23 @@ class WithOwnForward(_Derived):
         if not self.calls_itself:
             return super().forward(*args, **kwargs)
         if self.training:
-            with own_call_renormalised(cast("Renormalised", self)):
-                return super().forward(*args, **kwargs)
+            return self._trained(*args, **kwargs)
         with self._statistics_as_the_weight():
             return super().forward(*args, **kwargs)
 
-    def _count(self) -> Tensor | None:
-        """The count under another name, for this one's forward does not move it (see interception)."""
+    def _trained(self, *args: Any, **kwargs: Any) -> Any:
+        """In training. Calls of its own count the batches, whatever the forward makes of the count."""
         count = self._buffers.get("num_batches_tracked")
-        return None if count is None else count.detach()
+        counted = None if count is None else count.clone()
+        calls = own_call_renormalised(cast("Renormalised", self), counted)
+        try:
+            with calls:
+                return super().forward(*args, **kwargs)
+        finally:
+            if calls.any and count is not None and counted is not None:
+                count.copy_(counted)
+                if self._buffers["num_batches_tracked"] is not count:
+                    self._buffers["num_batches_tracked"] = count
 
 
 class Thawed(_Derived, Renormalised):
@@ -214,10 +222,11 @@ class Thawed(_Derived, Renormalised):
     :math:`u = z \sigma + \mu`, where z is the renormalised batch, it makes :math:`\gamma z + \beta`.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As the class has it; in training, of the renormalised input."""
-        if is_proxy(input):
-            return kept_whole(self, input)
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """As the class has it, of one tensor under the name that it has there; in training renormalised."""
+        if is_proxy(*args, *kwargs.values()):
+            return kept_whole(self, *args, **kwargs)
+        (input,) = (*args, *kwargs.values())
         z = self.renormalise(input, None, None) if self.training else None
         with self._statistics_as_the_weight():
             if z is not None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from renormify.calls import NormCall, calls_any, norm_calls
 from renormify.errors import UnsupportedModelError, one_line
+from renormify.references import names_attribute
 from renormify.tracing import trace_forward
 
 __all__ = ["Found", "calls_in_forward", "traces_shared"]
@@ -89,20 +90,21 @@ def _likeness(module: nn.Module) -> Iterator[object]:
         module.named_buffers(remove_duplicate=False),
         module.named_modules(remove_duplicate=False),
     )
+    without = _OF_TORCH if names_attribute(module, "num_features") else _OF_TORCH | {"num_features"}
     first: dict[int, str] = {}
     for name, value in registered:  # of one under two names, the first
         yield first.setdefault(id(value), name)
     for part in module.modules():
         yield type(part)
         for name, value in vars(part).items():
-            if name not in _OF_TORCH:
+            if name not in without:
                 yield name, _told(value)
         for held in (part._parameters, part._buffers, part._modules):
             yield tuple(name for name, value in held.items() if value is None)
 
 
 # By which no forward of a norm decides what it calls.
-_OF_TORCH = frozenset({*vars(nn.Module()), "num_features"}) - {"training"}
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (type(None), bool, int, float, str)
 
 

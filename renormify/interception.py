@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from renormify.calls import NORM_FUNCTIONS, arguments_of, gives_statistics, number_of_results
 from renormify.errors import UnsupportedModelError
-from renormify.functional import batch_renorm
+from renormify.functional import batch_renorm, is_proxy
 from renormify.layers import Renormalised
 from renormify.settings import Momentum
 from renormify.tracing import hooks_on_what_is_saved
@@ -39,11 +39,15 @@ class _Renormalises(Protocol):
 
 
 class _Interception(TorchFunctionMode):
-    """Hands calls of batch_norm to ``renormalise``, in the forward of ``owner``; keeps ``count`` as it is."""
+    """Hands calls of batch_norm to ``renormalise``, in the forward of ``owner``.
 
-    def __init__(self, owner: nn.Module, renormalise: _Renormalises, count: Tensor | None = None) -> None:
+    ``any`` tells whether one was taken.
+    """
+
+    def __init__(self, owner: nn.Module, renormalise: _Renormalises) -> None:
         super().__init__()
-        self.owner, self.renormalise, self.count = owner, renormalise, count
+        self.any = False
+        self.owner, self.renormalise = owner, renormalise
         self.gradients = torch.is_grad_enabled()
         self.hooks = None if torch.compiler.is_compiling() else hooks_on_what_is_saved()
 
@@ -51,43 +55,49 @@ class _Interception(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in NORM_FUNCTIONS:
-            renormalised = self.renormalise(arguments_of(func, args, kwargs))
-            if renormalised is not None:
-                self._refuse_checkpoint()
-                output = renormalised()
-                alone = number_of_results(func) == 1
-                return output if alone else _with_statistics(func, args, kwargs, output)
-        elif func in _COUNTING and args[0] is self.count:
-            return self.count
-        return func(*args, **kwargs)
+        taken = func in NORM_FUNCTIONS
+        renormalised = self.renormalise(arguments_of(func, args, kwargs)) if taken else None
+        if renormalised is None:
+            return func(*args, **kwargs)
+        self._refuse_checkpoint()
+        self.any = True
+        alone = number_of_results(func) == 1
+        return renormalised() if alone else _with_statistics(func, args, kwargs, renormalised)
 
     def _refuse_checkpoint(self) -> None:
         """Its second run would come when the forward is over, and nobody listens."""
         if torch.compiler.is_compiling():
             return
-        if hooks_on_what_is_saved() is not self.hooks or torch.is_grad_enabled() != self.gradients:
+        switched_off = self.gradients and not torch.is_grad_enabled()
+        if switched_off or hooks_on_what_is_saved() is not self.hooks:
             raise UnsupportedModelError(
                 f"the forward of {type(self.owner).__name__} checkpoints its call of batch_norm, or switches "
-                "gradients for it; checkpoint the module itself, or make it call a layer"
+                "gradients off for it; checkpoint the module itself, or make it call a layer"
             )
 
 
-_COUNTING = frozenset({Tensor.add_, Tensor.__iadd__, Tensor.add, Tensor.__add__, Tensor.__radd__})
-
-
-def _with_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+def _with_statistics(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], renormalised: Callable[[], Tensor]
+) -> Any:
     """What an operator of several results gives, with another output; it moves copies of the statistics."""
     call = arguments_of(func, args, kwargs)
     statistics = call["running_mean"], call["running_var"]
-    copies = {id(value): value.clone() for value in statistics}
+    copies = {id(value): _as_the_kernel_wants(value, call["weight"]) for value in statistics}
     args = tuple(copies.get(id(value), value) for value in args)
     kwargs = {name: copies.get(id(value), value) for name, value in kwargs.items()}
     results = func(*args, **kwargs)
     others = [results[index] for index in range(1, number_of_results(func))]  # a proxy cannot be unpacked
+    output = renormalised()  # moves the statistics, so after all that may fail
     if gives_statistics(func):  # as they move, for the caller to keep; they have moved
         others[-2:] = statistics
     return output, *others
+
+
+def _as_the_kernel_wants(statistics: Tensor, weight: Tensor | None) -> Tensor:
+    """A copy, in half precision beside a weight in half precision."""
+    if weight is None or is_proxy(statistics, weight) or weight.dtype.itemsize >= statistics.dtype.itemsize:
+        return statistics.clone()
+    return statistics.to(weight.dtype)
 
 
 def _renormalised(call: Arguments, momentum: float | None, **settings: Any) -> Callable[[], Tensor]:
@@ -106,31 +116,30 @@ def _renormalised(call: Arguments, momentum: float | None, **settings: Any) -> C
     )
 
 
-def own_call_renormalised(layer: Renormalised) -> TorchFunctionMode:
+def own_call_renormalised(layer: Renormalised, count: Tensor | None) -> _Interception:
     """Within this, a norm layer's calls on its own statistics are Batch Renorm.
 
-    The layer counts its batches itself, those that move ``running_mean`` and once each; its forward does not,
-    or, where it divides by the count for a cumulative average, in vain.
+    Args:
+        layer: whose forward makes them.
+        count: an int64 scalar, increased by each call that moves ``running_mean``.
     """
-    count = layer.num_batches_tracked
-    before = count.clone() if layer.momentum is None and count is not None else None
 
     def renormalise(call: Arguments) -> Callable[[], Tensor] | None:
         mean, var = call["running_mean"], call["running_var"]
-        if not call["training"]:
+        if not call["training"] or mean is None:
             return None
         if mean is layer.running_mean and var is layer.running_var:
-            if before is not None and count is not None:
-                layer.num_batches_tracked = count.copy_(before)
             affine = call["weight"], call["bias"]
-            return functools.partial(layer.renormalise, call["input"], *affine, eps=call["eps"])
+            return functools.partial(
+                layer.renormalise, call["input"], *affine, eps=call["eps"], num_batches_tracked=count
+            )
         if not any(mean is buffer for buffer in layer._buffers.values()):
             return None
         momentum = call["momentum"] if layer.momentum is None else layer.momentum
         return _renormalised(call, momentum, **layer.limits(), stat=layer.stat)  # for a domain of its own
 
     layer.keep_statistics_in_float32()
-    return _Interception(layer, renormalise, count if before is None else None)
+    return _Interception(layer, renormalise)
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ class TrainingForward:
         function: Any = inspect.unwrap(self.kind.forward)
         return cast("CodeType", function.__code__)
 
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """The output of the forward, in training with its calls renormalised."""
         if not module.training:
             return self.kind.forward(module, *args, **kwargs)

@@ -36,6 +36,15 @@ def kept_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return tracer.create_proxy("call_module", path, args, kwargs)  # type: ignore[no-any-return]
 
 
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func forbids to write to a tensor, which it has not been given."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 class Limited(nn.Module):
     """A module with limits on r and d, which may be set at any time.
 
@@ -154,11 +163,13 @@ class Renormalised(Limited):
         bias: Tensor | None,
         mask: Tensor | None = None,
         eps: float | None = None,
+        num_batches_tracked: Tensor | None = None,
     ) -> Tensor:
         """A training step: normalises ``input`` by the corrected batch, and moves the running statistics.
 
-        ``eps`` is the layer's own unless given.
+        ``eps`` and ``num_batches_tracked`` are the layer's own unless given.
         """
+        count = self._buffers.get("num_batches_tracked")
         self.keep_statistics_in_float32()
         self._warn_of_few_values(input)
         return batch_renorm(
@@ -173,14 +184,10 @@ class Renormalised(Limited):
             **self.limits(),
             stat=self.stat,
             mask=mask,
-            num_batches_tracked=self._count(),
-            rejected=self._rejected,
+            num_batches_tracked=count if num_batches_tracked is None else num_batches_tracked,
+            rejected=None if _is_captured(self._rejected) else self._rejected,
             process_group=self._process_group(),
         )
-
-    def _count(self) -> Tensor | None:
-        """What a step counts in; None where the module has none."""
-        return self._buffers.get("num_batches_tracked")
 
     def _process_group(self) -> ProcessGroup | None:
         return None

@@ -14,10 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from renormify.calls import NORM_FUNCTIONS
 
-__all__ = ["calls_batch_norm", "calls_super_forward", "method_that_calls", "names_its_own_class"]
+__all__ = [
+    "calls_batch_norm",
+    "calls_super_forward",
+    "method_misled_by_super",
+    "method_that_calls",
+    "names_attribute",
+]
 
 
 def calls_batch_norm(module: nn.Module) -> bool:
@@ -32,14 +39,23 @@ def calls_batch_norm(module: nn.Module) -> bool:
 
 def method_that_calls(module: nn.Module) -> str | None:
     """The name of a method of the module's class that calls batch_norm by its name, if there is one."""
-    for cls in type(module).__mro__:
-        if not cls.__module__.startswith("torch."):
-            methods = ((name, value) for name, value in vars(cls).items() if isinstance(value, FunctionType))
-            for name, method in methods:
-                named = any("batch_norm" in code.co_names for code in _codes(method))
-                if named and any(_is_batch_norm(found.value) for found in _Reader(method, module).names()):
-                    return name
+    for name, method in _methods(module):
+        named = any("batch_norm" in code.co_names for code in _codes(method))
+        if named and any(_is_batch_norm(found.value) for found in _Reader(method, module).names()):
+            return name
     return None
+
+
+def names_attribute(module: nn.Module, name: str) -> bool:
+    """Whether a method of the module's class names an attribute, its own or another's."""
+    return any(name in code.co_names for _, method in _methods(module) for code in _codes(method))
+
+
+def _methods(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
+    """Those of the module's class and its ancestors, without torch's."""
+    for cls in type(module).__mro__:
+        if not _is_of_torch(cls):
+            yield from ((name, value) for name, value in vars(cls).items() if isinstance(value, FunctionType))
 
 
 def calls_super_forward(module: nn.Module) -> bool:
@@ -53,11 +69,18 @@ def calls_super_forward(module: nn.Module) -> bool:
     return True
 
 
-def names_its_own_class(module: nn.Module) -> bool:
-    """Whether a forward gives ``self.__class__`` to super(), which finds itself in a class derived anew."""
-    forwards = (vars(cls).get("forward") for cls in type(module).__mro__)
-    codes = (code for forward in forwards if isinstance(forward, FunctionType) for code in _codes(forward))
-    return any({"super", "__class__", "forward"} <= set(code.co_names) for code in codes)
+def method_misled_by_super(module: nn.Module) -> str | None:
+    """The name of a method whose super() means something else in a class derived anew, if there is one.
+
+    That of ``super(self.__class__, self)`` finds the method itself, that of ``super(nn.BatchNorm2d, self)``
+    a class which is no ancestor any more.
+    """
+    methods = ((name, method) for name, method in _methods(module) if name != "__init__")
+    return next((name for name, method in methods if _Reader(method, module).misleads_super()), None)
+
+
+def _is_of_torch(cls: type) -> bool:
+    return cls.__module__.startswith("torch.")
 
 
 def _is_batch_norm(function: Any) -> bool:
@@ -176,9 +199,31 @@ class _Reader:
                 holder, value = value, self._read(operation, name, value)
                 is_method = operation.startswith(_ATTRIBUTE) and not isinstance(holder, (ModuleType, type))
                 owner = holder if is_method else self.owner
-                held = value.values() if type(value) is dict else value
-                values = held if isinstance(value, (dict, list, tuple)) else (value,)
-                yield from (_Named(one, owner) for one in values if callable(one) or type(one) in _WRAPPERS)
+                yield from _held(value, owner)
+
+    def misleads_super(self) -> bool:
+        """Whether super() is given ``self.__class__``, ``type(self)``, or a BatchNorm of torch."""
+        for code in _codes(self.function):
+            loaded: list[tuple[str, Any]] | None = None  # since super() was named, until it is called
+            for instruction in dis.get_instructions(code):
+                name, operation = instruction.argval, instruction.opname
+                if operation.startswith("LOAD_GLOBAL") and name == "super":
+                    loaded = []
+                elif loaded is not None and operation.startswith(_READING) and "SUPER" not in operation:
+                    loaded.append((operation, name))
+                elif loaded and operation.startswith(_CALLING):
+                    if self._is_misleading(loaded):
+                        return True
+                    loaded = None
+        return False
+
+    def _is_misleading(self, loaded: list[tuple[str, Any]]) -> bool:
+        value: Any = None
+        for operation, name in loaded[:-1]:
+            if (name == "__class__" and operation.startswith(_ATTRIBUTE)) or name == "type":
+                return True
+            value = self._read(operation, name, value)
+        return isinstance(value, type) and issubclass(value, _BatchNorm) and _is_of_torch(value)
 
     def _read(self, operation: str, name: Any, value: Any) -> Any:
         """What an instruction puts on the stack, upon ``value``."""
@@ -196,6 +241,18 @@ class _Reader:
         return _attribute(value, name) if operation.startswith(_ATTRIBUTE) else None
 
 
+def _held(value: Any, owner: Any, depth: int = 2) -> Iterator[_Named]:
+    """What can be called: a value, or what lies in a container; of a class, its instances too."""
+    if isinstance(value, (dict, list, tuple)):
+        for one in (value.values() if isinstance(value, dict) else value) if depth else ():
+            yield from _held(one, owner, depth - 1)
+    elif callable(value) or type(value) in _WRAPPERS:
+        yield _Named(value, owner)
+        if isinstance(value, type) and not issubclass(value, nn.Module):
+            called = inspect.getattr_static(value, "__call__", None)
+            yield from (_Named(called, value),) if isinstance(called, FunctionType) else ()
+
+
 def _bound(name: str, value: Any) -> Any:
     """What a local name stands for; ``import a.b`` binds ``a``."""
     within = isinstance(value, ModuleType) and value.__name__.startswith(f"{name}.")
@@ -205,6 +262,7 @@ def _bound(name: str, value: Any) -> Any:
 _WRAPPERS = (staticmethod, classmethod, property)
 _READING = ("LOAD_", "IMPORT_")
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_CALLING = ("PRECALL", "CALL", "LOAD_SUPER")
 
 
 def _inherited(function: FunctionType, owner: Any) -> Iterator[_Named]:

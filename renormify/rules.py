@@ -27,7 +27,7 @@ from renormify.forwards import calls_in_forward
 from renormify.graphs import is_own, problem_of
 from renormify.interception import is_rewritten
 from renormify.layers import Renormalised, is_batch_renorm
-from renormify.references import calls_batch_norm, calls_super_forward, names_its_own_class
+from renormify.references import calls_batch_norm, calls_super_forward, method_misled_by_super
 from renormify.registry import rule_for
 from renormify.settings import Settings
 from renormify.sites import Site
@@ -114,8 +114,8 @@ def _refusal_of_state(module: Any) -> str | None:
 
 def _refusal_of_forward(module: Any, settings: Settings) -> str | None:
     name = type(module).__name__
-    if names_its_own_class(module):
-        return f"{name} calls super() with self.__class__, and would call itself; name the class instead"
+    if (method := method_misled_by_super(module)) is not None:
+        return f"{name}.{method} gives super() self.__class__ or a class of torch; give it the class it is in"
     if not _normalises_itself(module):
         return None
     found = calls_in_forward(module, class_of(module).forward)
@@ -200,9 +200,7 @@ def revert_layer(module: nn.Module) -> None:
     """Turns a Batch Renorm layer into what :func:`original_of` tells, in place."""
     layer: Any = module
     kind, momentum, dtype = original_of(layer)
-    dtype = dtype or layer.weight.dtype
-    if dtype.itemsize < layer.running_mean.dtype.itemsize == 4:  # raised to float32 by training, or by a cast
-        layer.running_mean, layer.running_var = layer.running_mean.to(dtype), layer.running_var.to(dtype)
+    _lower_statistics(layer, dtype)
     layer.end_renorm()
     for name in ("converted_from", "calls_itself"):
         layer.__dict__.pop(name, None)
@@ -215,6 +213,13 @@ def revert_layer(module: nn.Module) -> None:
     set_class(layer, kind)
     if not issubclass(kind, nn.SyncBatchNorm):
         layer.__dict__.pop("process_group", None)
+
+
+def _lower_statistics(layer: Any, dtype: torch.dtype | None) -> None:
+    """Gives statistics that training, or a cast, raised to float32 their dtype again; None: the weight's."""
+    dtype = dtype or layer.weight.dtype
+    if dtype.itemsize < layer.running_mean.dtype.itemsize == 4:
+        layer.running_mean, layer.running_var = layer.running_mean.to(dtype), layer.running_var.to(dtype)
 
 
 def synchronise_layer(layer: Renormalised, process_group: Any) -> None:
@@ -270,5 +275,12 @@ def _is_equal(ours: object, theirs: object) -> bool:
 def take_back(layer: Renormalised) -> nn.Module:
     """The module that a registered rule replaced, with what the layer has learnt since."""
     (module,) = vars(layer)["replaces"]
-    module.load_state_dict(layer.state_dict())
+    if isinstance(getattr(module, "running_mean", None), Tensor):
+        _lower_statistics(layer, _own_dtype(module))
+    parameters = dict(module.named_parameters())
+    state = {
+        name: value if name in parameters or not isinstance(value, Tensor) else value.detach()
+        for name, value in layer.state_dict(keep_vars=True).items()
+    }
+    module.load_state_dict(state, assign=True)  # the layer may have been moved or cast
     return module.train(layer.training)  # type: ignore[no-any-return]

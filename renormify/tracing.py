@@ -123,9 +123,10 @@ def trace_forward(
     Raises:
         Exception: whatever a forward may raise when it meets a proxy.
     """
-    namespace: dict[str, Any] = {"original": forward, "constants": constants}
+    namespace: dict[str, Any] = {"__original__": forward, "__constants__": constants}
     named = ", ".join(f"{name}={name}" for name in inputs)
-    exec(f"def forward(self, {', '.join(inputs)}): return original(self, {named}, **constants)", namespace)
+    call = f"__original__(self, {named}, **__constants__)"
+    exec(f"def forward(self, {', '.join(inputs)}): return {call}", namespace)
     own = {"forward": namespace["forward"], "__setattr__": _keep}
     kind: Any = type(type(module).__name__, (_Unannounced, type(module)), own)
     stand_in: nn.Module = kind.__new__(kind)

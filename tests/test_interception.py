@@ -280,12 +280,36 @@ class NamesItsClass(nn.BatchNorm2d):
         return super(self.__class__, self).forward(input)  # type: ignore[misc]
 
 
-def test_what_would_call_itself_is_refused() -> None:
-    model = nn.ModuleList((NamesItsClass(C), nn.BatchNorm2d(C, eps=0.0), nn.BatchNorm2d(C)))
+class AsksForItsClass(nn.BatchNorm2d):
+    def extra_repr(self) -> str:
+        return super(type(self), self).extra_repr()  # type: ignore[misc]
+
+
+class LeavesOutTorchs(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> Any:
+        return super(nn.BatchNorm2d, self).train(mode)
+
+
+class NamesTheClassItIsIn(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super(self.__class__, self).__init__(channels)  # type: ignore[misc]
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert isinstance(self, nn.Module)
+        return super(NamesTheClassItIsIn, self).forward(input)  # noqa: UP008
+
+
+@pytest.mark.parametrize("form", [NamesItsClass, AsksForItsClass, LeavesOutTorchs])
+def test_what_would_mislead_super_is_refused(form: type[nn.Module]) -> None:
+    model = nn.ModuleList((form(C), NamesTheClassItIsIn(C)))
     sites = convert(model).report.sites
-    assert [site.action for site in sites] == ["skipped", "skipped", "converted"]
-    assert "calls super() with self.__class__" in sites[0].reason
-    assert "has eps=0" in sites[1].reason
+    assert [site.action for site in sites] == ["skipped", "converted"]
+    assert "gives super() self.__class__ or a class of torch" in sites[0].reason
+
+
+def test_eps_of_zero_is_refused() -> None:
+    sites = convert(nn.ModuleList((nn.BatchNorm2d(C, eps=0.0), nn.BatchNorm2d(C)))).report.sites
+    assert "has eps=0" in sites[0].reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -344,6 +368,28 @@ class CountsAnew(Counts):
         )
 
 
+class CountsBehind(Counts):
+    """Where no call of torch tells."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.num_batches_tracked.data += 1
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.5, self.eps
+        )
+
+
+class CountsAfterwards(Counts):
+    def forward(self, input: Tensor) -> Tensor:
+        factor = 1 / (float(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
+        statistics = self.running_mean, self.running_var
+        y = F.batch_norm(input, *statistics, self.weight, self.bias, self.training, factor, self.eps)
+        torch.add(self.num_batches_tracked, 1, out=self.num_batches_tracked)
+        return y
+
+
+COUNTING = (Counts, CountsAnew, CountsBehind, CountsAfterwards)
+
+
 class PassesItsMomentum(Counts):
     def forward(self, input: Tensor) -> Tensor:
         return F.batch_norm(
@@ -351,7 +397,7 @@ class PassesItsMomentum(Counts):
         )
 
 
-@pytest.mark.parametrize("form", [Counts, CountsAnew, PassesItsMomentum])
+@pytest.mark.parametrize("form", [*COUNTING, PassesItsMomentum])
 @pytest.mark.parametrize("saving", [None, False, True])
 def test_cumulative_average_is_over_the_batches_that_count(
     form: type[nn.Module], saving: bool | None
@@ -368,7 +414,7 @@ def test_cumulative_average_is_over_the_batches_that_count(
     assert (int(layer.num_batches_tracked), int(layer.rejected_batches)) == (3, 1)
 
 
-@pytest.mark.parametrize("form", [Counts, CountsAnew])
+@pytest.mark.parametrize("form", COUNTING)
 def test_forward_and_layer_count_together_once(form: type[nn.Module]) -> None:
     layer = renormify(form(C))
     for count in range(1, 4):
@@ -640,3 +686,174 @@ def forward(self, x):
     exec(source, namespace)
     form = type("Network", (State,), {"forward": namespace["forward"], "__module__": "code.network"})
     assert convert(form()).report.converted == ("",)
+
+
+# ----------------------------------------------------------------------- operators, transforms, names
+
+
+class OfSeveralResults(nn.BatchNorm2d):
+    def __init__(self, channels: int, function: Callable[..., Any], affine: bool) -> None:
+        super().__init__(channels, affine=affine)
+        self.function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        output: Tensor = self.function(
+            input, self.weight, self.bias, *statistics, self.training, self.momentum, self.eps
+        )[0]
+        return output
+
+
+@pytest.mark.parametrize("cast_first", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "function", [torch.native_batch_norm, torch.ops.aten._native_batch_norm_legit], ids=["native", "legit"]
+)
+def test_operators_of_several_results_train_in_half_precision(
+    function: Callable[..., Any], affine: bool, cast_first: bool
+) -> None:
+    model, x = OfSeveralResults(C, function, affine), image().bfloat16()
+    layer = renormify(model.bfloat16()) if cast_first else renormify(model).bfloat16()
+    assert layer(x).dtype is torch.bfloat16
+    torch.testing.assert_close(layer.running_mean, 0.01 * x.float().mean((0, 2, 3)))
+    assert int(layer.num_batches_tracked) == 1
+
+
+class FailsBehind(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Any:
+        return torch.native_batch_norm(
+            input,
+            self.weight,
+            self.bias.double(),
+            self.running_mean,
+            self.running_var,
+            self.training,
+            0.1,
+            1e-5,
+        )[0]
+
+
+def test_operator_that_fails_moves_nothing() -> None:
+    layer = renormify(FailsBehind(C))
+    with pytest.raises(RuntimeError):
+        layer(image())
+    assert not layer.running_mean.any()
+    assert int(layer.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("form", [nn.BatchNorm2d, Counts])
+def test_transforms_of_torch_func_take_a_state_dict(form: type[nn.Module]) -> None:
+    """What functional_call is not given it may not write to, and what is no state it is not given."""
+    model = renormify(nn.Sequential(nn.Conv2d(C, C, 1), form(C)))
+    reference, x = copy.deepcopy(model), image()
+    parameters = dict(model.named_parameters())
+    buffers = {name: v.clone() for name, v in model.state_dict().items() if name not in parameters}
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(model, {**parameters, **buffers}, (x,))
+        return output.pow(3).sum()
+
+    found = torch.func.grad(loss)(parameters, buffers, x)
+    reference(x).pow(3).sum().backward()
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(buffer, reference.state_dict()[name])
+    stacked = ({name: torch.stack([v, v]) for name, v in part.items()} for part in (parameters, buffers))
+    losses = torch.vmap(loss, in_dims=(0, 0, None))(*stacked, x)
+    assert losses[0] == losses[1]
+
+
+class WideAlone(nn.BatchNorm2d):
+    """Has arithmetic of its own where it is narrow."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.num_features < 8:
+            return input * (self.running_var + self.eps).rsqrt().view(1, -1, 1, 1)
+        return (
+            super().forward(input)
+            if self.eps > 1
+            else F.batch_norm(
+                input,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training,
+                0.1,
+                self.eps,
+            )
+        )
+
+
+def test_width_may_decide_what_a_forward_calls() -> None:
+    sites = convert(nn.Sequential(WideAlone(16), WideAlone(4))).report.sites
+    assert [site.action for site in sites] == ["converted", "skipped"]
+
+
+class SwitchesOn(State):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.training):
+            return self.norm(x)
+
+
+def test_gradients_may_be_switched_on_within() -> None:
+    converted, x = renormify(SwitchesOn()), image()
+    with torch.no_grad():
+        converted(x)
+    torch.testing.assert_close(converted.running_mean, 0.01 * x.mean((0, 2, 3)))
+
+
+class Whitens(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("mask", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.batch_norm(input, None, None, training=True))
+
+
+class WhitensItself(Whitens):
+    def forward(self, input: Tensor) -> Tensor:
+        input = F.batch_norm(input, None, None, training=True)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1
+        )
+
+
+@pytest.mark.parametrize("form", [Whitens, WhitensItself])
+def test_none_is_no_statistic(form: type[nn.Module]) -> None:
+    model, x = lived_in(form(C)), image()
+    expected = of_the_paper(model, F.batch_norm(x, None, None, training=True))
+    torch.testing.assert_close(renormify(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class NamedAsOurs(State):
+    def forward(self, original: Tensor, constants: Tensor, module: Any = None) -> Tensor:
+        return self.norm(original + constants)
+
+
+def test_arguments_may_have_any_name() -> None:
+    model, x = lived_in(NamedAsOurs()), image()
+    y = renormify(model)(original=x, constants=torch.zeros(()), module="any")
+    torch.testing.assert_close(y, of_the_paper(model, x))
+
+
+class FrozenBatchNormOfX(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(C))
+        self.register_buffer("bias", torch.zeros(C))
+        self.register_buffer("running_mean", torch.zeros(C))
+        self.register_buffer("running_var", torch.ones(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+def test_thawed_layer_takes_its_input_by_name() -> None:
+    model, x = lived_in(FrozenBatchNormOfX()), image()
+    y = renormify(nn.Sequential(model), include_frozen=True)[0](x=x)
+    torch.testing.assert_close(y, of_the_paper(model, x), rtol=1e-4, atol=1e-5)

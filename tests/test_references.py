@@ -202,12 +202,25 @@ class OfAnotherModule(State):
         return self.head.method(x)
 
 
+class MadeInTheForward(State):
+    def forward(self, x: Tensor) -> Tensor:
+        return Norms()(x, self)
+
+
+DEEP = {"norms": {"batch": normalised}}
+
+
+class TableInATable(State):
+    def forward(self, x: Tensor) -> Tensor:
+        return DEEP["norms"]["batch"](x, self)
+
+
 FORMS: dict[str, type[State]] = {
     form.__name__: form
     for form in (
         ImportsModule, ImportsPackage, ImportsFunction, Local, Table, InAList, StaticMethod, CallableGlobal,
         CallableAttribute, MethodOfAttribute, ClassMethod, ByTheClass, ByTheType, Property, InALambda, ByName,
-        Cached, OfAnotherModule, Decorated, FirstArgument,
+        Cached, OfAnotherModule, Decorated, FirstArgument, MadeInTheForward, TableInATable,
     )
 }  # fmt: skip
 

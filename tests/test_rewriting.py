@@ -878,6 +878,40 @@ def test_registered_rule_teaches_a_class() -> None:
     _assert_same_state(back, converted)
 
 
+class CentredAffine(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(channels))
+        self.register_buffer("bias", torch.rand(channels))
+        self.register_buffer("running_mean", torch.rand(channels))
+        self.register_buffer("running_var", torch.rand(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+
+def _centred_affine(module: nn.Module, settings: Settings) -> nn.Module:
+    layer = BatchRenorm2d(len(module.running_mean), dtype=module.weight.dtype)
+    layer.load_state_dict(module.state_dict())
+    return layer
+
+
+@pytest.mark.usefixtures("rules")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_module_that_a_rule_replaced_comes_back_with_the_dtype_and_device_of_the_layer(
+    dtype: torch.dtype,
+) -> None:
+    register_rule(CentredAffine, _centred_affine)
+    model = nn.Sequential(CentredAffine(C))
+    expected = copy.deepcopy(model).to(dtype)
+    converted = renormify(model).to(dtype)
+    weight = converted[0].weight
+    back = revert(converted, inplace=True)
+    _assert_same_state(back, expected)
+    assert {name for name, _ in back.named_parameters()} == {"0.weight"}
+    assert back[0].weight is weight
+    moved = revert(renormify(nn.Sequential(CentredAffine(C))).to("meta"))
+    assert all(tensor.is_meta for tensor in moved.state_dict().values())
+
+
 @pytest.mark.usefixtures("rules")
 def test_rule_of_an_ancestor_and_of_the_root() -> None:
     class Child(Centred):
