@@ -211,7 +211,7 @@ class _Reader:
                     loaded = []
                 elif loaded is not None and operation.startswith(_READING) and "SUPER" not in operation:
                     loaded.append((operation, name))
-                elif loaded and operation.startswith(_CALLING):
+                elif loaded is not None and operation.startswith(_CALLING):
                     if self._is_misleading(loaded):
                         return True
                     loaded = None

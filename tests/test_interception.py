@@ -298,6 +298,9 @@ class NamesTheClassItIsIn(nn.BatchNorm2d):
         assert isinstance(self, nn.Module)
         return super(NamesTheClassItIsIn, self).forward(input)  # noqa: UP008
 
+    def extra_repr(self) -> str:
+        return super().extra_repr().join((type(self).__name__, self.__class__.__name__))
+
 
 @pytest.mark.parametrize("form", [NamesItsClass, AsksForItsClass, LeavesOutTorchs])
 def test_what_would_mislead_super_is_refused(form: type[nn.Module]) -> None:
