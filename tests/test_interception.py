@@ -298,8 +298,8 @@ class NamesTheClassItIsIn(nn.BatchNorm2d):
         assert isinstance(self, nn.Module)
         return super(NamesTheClassItIsIn, self).forward(input)  # noqa: UP008
 
-    def extra_repr(self) -> str:
-        return super().extra_repr().join((type(self).__name__, self.__class__.__name__))
+    def train(self, mode: bool = True) -> Any:
+        return super().train(mode and type(self) is not nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("form", [NamesItsClass, AsksForItsClass, LeavesOutTorchs])
