@@ -167,7 +167,7 @@ def test_tables_of_made_up_results():
         for run in arm.finals({}, seeds):
             test = base + 0.01 * run.seed
             curve = [(100, test - 0.05), (200, test - 0.01)]
-            results[run.key()] = {"test": test, "curve": curve}
+            results[run.key()] = {"test": test, "curve": curve, "diverged": False}
     lines = tables.microbatch(study, results).splitlines()
     assert lines[4] == "| 20 layers | 2 | 80.5 ± 6.4 | 86.5 ± 6.4 | 6.0 ± 0.0 |  | 60 % | 200 / 100 |"
     assert "| 20 layers | 4 |" in lines[3]
@@ -195,10 +195,20 @@ def test_results_are_gone_on_with(tmp_path):
 
 def test_the_choice_is_the_best_on_validation_images():
     arm = Arm("a", SCRATCH, {"lr": (0.1, 0.2), "momentum": (0.1, 0.01)})
-    results = {run.key(): {"validation": run.lr * run.momentum} for run in arm.tuning()}
+    results = {run.key(): {"validation": run.lr * run.momentum} for run in arm.tried()}
     chosen = arm.chosen(results)
     assert (chosen.lr, chosen.momentum, chosen.seed, chosen.test) == (0.2, 0.1, 0, 10_000)
-    assert all(run.test == 0 and run.seed != 0 for run in arm.tuning())
+    assert all(run.test == 0 and run.seed > 4 for run in arm.tried())
+    twice = replace(arm, again=2)
+    again = twice.tried_again(results)
+    assert [(run.lr, run.momentum) for run in again[::2]] == [(0.2, 0.1), (0.1, 0.1)]
+    assert arm.is_tuned(results)
+    assert not twice.is_tuned(results)
+    results |= {run.key(): {"validation": 0.01 if run.lr == 0.2 else 0.014} for run in again}
+    assert twice.is_tuned(results)
+    assert twice.chosen(results).lr == 0.2  # 0.02, 0.01, 0.01 against 0.01, 0.014, 0.014
+    results |= {run.key(): {"validation": 0.009 if run.lr == 0.2 else 0.015} for run in again}
+    assert twice.chosen(results).lr == 0.1
 
 
 def made_up_data(folder):

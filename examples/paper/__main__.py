@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from rich.progress import (
 from paper.data import FOLDER, missing
 from paper.pictures import draw
 from paper.records import Records, machine
-from paper.settings import FULL, QUICK, Run, Study
+from paper.settings import FULL, QUICK, Arm, Run, Study
 from paper.tables import fill, sections
 from paper.training import perform
 
@@ -69,14 +69,22 @@ def phases(study: Study, part: str, records: Records) -> Iterator[tuple[str, lis
     """What is to be run, each phase decided when those before it are done."""
     if part == "ablation":
         for arm in study.ablated:
-            yield f"settings of {arm}", study.arm(arm).tuning()
+            yield from _choosing(arm, [study.arm(arm)], records)
         yield "ablation", [run for _, _, runs in study.ablation(records.results) for run in runs]
         return
     arms = study.main if part == "main" else study.finetuning
-    yield f"settings of {part}", [run for arm in arms for run in arm.tuning()]
+    yield from _choosing(part, arms, records)
     seeds = study.seeds if part == "main" else study.few_seeds
     for seed in range(seeds):  # seed by seed, so that a study in parts has all arms
         yield f"{part}, seed {seed}", [arm.finals(records.results, seeds)[seed] for arm in arms]
+
+
+def _choosing(of: str, arms: Sequence[Arm], records: Records) -> Iterator[tuple[str, list[Run]]]:
+    yield f"settings of {of}", [run for arm in arms for run in arm.tried()]
+    yield (
+        f"settings of {of}, the best again",
+        [run for arm in arms for run in arm.tried_again(records.results)],
+    )
 
 
 def _do(

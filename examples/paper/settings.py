@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Of runs, by their :meth:`Run.key`."""
 
 PROTOCOL = 1
 """Goes up when the way a run is done changes, so that results of the former way no longer count."""
@@ -16,7 +20,7 @@ RENORM = ("br", "pooled", "constant")
 MOVING = ("bn", *RENORM)
 """Norms whose running statistics move."""
 
-TUNING_SEED = 1000
+TUNING_SEEDS = (1000, 1001, 1002)
 UNBOUNDED = 1e6
 
 
@@ -86,40 +90,57 @@ class Arm:
         base: without a choice made.
         grid: values of fields of :class:`Run`, each combination of which is tried once on the validation
             images. Every arm of a comparison has as many combinations.
+        again: how many of the best are tried again, with each further seed; 0 for none.
         like: an arm whose choice this one takes over.
     """
 
     name: str
     base: Run
     grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    again: int = 0
     like: Arm | None = None
 
-    def tuning(self) -> list[Run]:
-        """The runs that the choice is made from."""
+    def tried(self) -> list[Run]:
+        """Each combination, once."""
         if not self.grid:
             return []
         points = itertools.product(*self.grid.values())
         choices = (dict(zip(self.grid, point, strict=True)) for point in points)
-        return [replace(self.base, **choice, seed=TUNING_SEED, test=0) for choice in choices]
+        return [replace(self.base, **choice, seed=TUNING_SEEDS[0], test=0) for choice in choices]
 
-    def is_tuned(self, results: Mapping[str, Mapping[str, Any]]) -> bool:
+    def tried_again(self, results: Results) -> list[Run]:
+        """The best of those that were tried, with the further seeds."""
+        best = sorted(self.tried(), key=lambda run: -results[run.key()]["validation"])[: self.again]
+        return [replace(run, seed=seed) for run in best for seed in TUNING_SEEDS[1:]]
+
+    def is_tuned(self, results: Results) -> bool:
         """Whether all is there that the choice is made from."""
         if self.like:
             return self.like.is_tuned(results)
-        return all(run.key() in results for run in self.tuning())
+        first = self.tried()
+        return all(run.key() in results for run in first) and all(
+            run.key() in results for run in self.tried_again(results)
+        )
 
-    def chosen(self, results: Mapping[str, Mapping[str, Any]]) -> Run:
+    def chosen(self, results: Results) -> Run:
         """The combination with the best validation accuracy, the first among equals."""
         if self.like:
             chosen = self.like.chosen(results)
             return replace(self.base, **{name: getattr(chosen, name) for name in self.like.grid})
-        tried = self.tuning()
-        if not tried:
-            return self.base
-        best = max(tried, key=lambda run: results[run.key()]["validation"])
+        found = self.validated(results)
+        best = max(found, key=lambda run: found[run]) if found else self.base
         return replace(self.base, **{name: getattr(best, name) for name in self.grid})
 
-    def finals(self, results: Mapping[str, Mapping[str, Any]], seeds: int) -> list[Run]:
+    def validated(self, results: Results) -> dict[Run, float]:
+        """The combinations that the choice is between, each with its mean accuracy over the seeds."""
+        last = {replace(run, seed=TUNING_SEEDS[0]): TUNING_SEEDS for run in self.tried_again(results)}
+        seeds = last or dict.fromkeys(self.tried(), TUNING_SEEDS[:1])
+        return {
+            run: statistics.fmean(results[replace(run, seed=s).key()]["validation"] for s in of)
+            for run, of in seeds.items()
+        }
+
+    def finals(self, results: Results, seeds: int) -> list[Run]:
         """The runs whose test accuracy is reported."""
         return [replace(self.chosen(results), seed=seed) for seed in range(seeds)]
 
@@ -152,7 +173,7 @@ class Study:
         """How many runs an arm has."""
         return self.seeds if arm in self.main else self.few_seeds
 
-    def ablation(self, results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, list[Run]]]:
+    def ablation(self, results: Results) -> Iterator[tuple[str, str, list[Run]]]:
         """Arm, variant, and its runs."""
         for name in self.ablated:
             chosen = self.arm(name).chosen(results)
@@ -238,7 +259,8 @@ def _scratch(run: Run, grid: Mapping[str, Sequence[float]]) -> tuple[Arm, ...]:
     ]
     arms += [replace(unlimited, norm=norm, microbatch=size, labels=labels) for norm, size, labels in CONTROLS]
     return tuple(
-        Arm(scratch_name(arm.network, arm.norm, arm.microbatch, arm.labels), arm, grid) for arm in arms
+        Arm(scratch_name(arm.network, arm.norm, arm.microbatch, arm.labels), arm, grid, again=3)
+        for arm in arms
     )
 
 

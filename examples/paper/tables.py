@@ -325,7 +325,7 @@ def settings(study: Study, results: Results) -> str:
         tried = "; ".join(
             f"{name} {', '.join(f'{v:g}' for v in points)}" for name, points in arm.grid.items()
         )
-        best = max(results[run.key()]["validation"] for run in arm.tuning())
+        best = max(arm.validated(results).values())
         picked = ", ".join(f"{name} {getattr(chosen, name):g}" for name in arm.grid)
         rows.append([arm.name, picked, f"{100 * best:.1f}", tried])
     return markdown(("arm", "chosen", "validation accuracy", "from"), rows)
