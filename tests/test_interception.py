@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from norms import C, image, lived_in
 from oracle import Oracle
 from torch import Tensor, nn
@@ -345,47 +346,40 @@ def test_thawed_norm_keeps_the_order_of_its_state() -> None:
 # ------------------------------------------------------------------------------- counted, and counted once
 
 
-class Counts(nn.BatchNorm2d):
+class CallsItself(nn.BatchNorm2d):
+    def call(self, input: Tensor, factor: float = 0.5) -> Tensor:
+        statistics, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+        return F.batch_norm(input, *statistics, *affine, self.training, factor, self.eps)
+
+
+class Counts(CallsItself):
     """Counts as torch's own forward does, and as timm's."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.num_batches_tracked.add_(1)
-        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        return F.batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training,
-            factor,
-            self.eps,
+        return self.call(
+            input, 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         )
 
 
-class CountsAnew(Counts):
+class CountsAnew(CallsItself):
     def forward(self, input: Tensor) -> Tensor:
         self.num_batches_tracked = self.num_batches_tracked + 1
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.5, self.eps
-        )
+        return self.call(input)
 
 
-class CountsBehind(Counts):
+class CountsBehind(CallsItself):
     """Where no call of torch tells."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.num_batches_tracked.data += 1
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.5, self.eps
-        )
+        return self.call(input)
 
 
-class CountsAfterwards(Counts):
+class CountsAfterwards(CallsItself):
     def forward(self, input: Tensor) -> Tensor:
         factor = 1 / (float(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
-        statistics = self.running_mean, self.running_var
-        y = F.batch_norm(input, *statistics, self.weight, self.bias, self.training, factor, self.eps)
+        y = self.call(input, factor)
         torch.add(self.num_batches_tracked, 1, out=self.num_batches_tracked)
         return y
 
@@ -393,11 +387,9 @@ class CountsAfterwards(Counts):
 COUNTING = (Counts, CountsAnew, CountsBehind, CountsAfterwards)
 
 
-class PassesItsMomentum(Counts):
+class PassesItsMomentum(CallsItself):
     def forward(self, input: Tensor) -> Tensor:
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum
-        )
+        return self.call(input, self.momentum)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", [*COUNTING, PassesItsMomentum])
@@ -767,26 +759,13 @@ def test_transforms_of_torch_func_take_a_state_dict(form: type[nn.Module]) -> No
     assert losses[0] == losses[1]
 
 
-class WideAlone(nn.BatchNorm2d):
+class WideAlone(CallsItself):
     """Has arithmetic of its own where it is narrow."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.num_features < 8:
             return input * (self.running_var + self.eps).rsqrt().view(1, -1, 1, 1)
-        return (
-            super().forward(input)
-            if self.eps > 1
-            else F.batch_norm(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                self.training,
-                0.1,
-                self.eps,
-            )
-        )
+        return self.call(input)
 
 
 def test_width_may_decide_what_a_forward_calls() -> None:
@@ -807,7 +786,7 @@ def test_gradients_may_be_switched_on_within() -> None:
     torch.testing.assert_close(converted.running_mean, 0.01 * x.mean((0, 2, 3)))
 
 
-class Whitens(nn.BatchNorm2d):
+class Whitens(CallsItself):
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.register_buffer("mask", None)
@@ -818,10 +797,7 @@ class Whitens(nn.BatchNorm2d):
 
 class WhitensItself(Whitens):
     def forward(self, input: Tensor) -> Tensor:
-        input = F.batch_norm(input, None, None, training=True)
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1
-        )
+        return self.call(F.batch_norm(input, None, None, training=True))
 
 
 @pytest.mark.parametrize("form", [Whitens, WhitensItself])
@@ -842,21 +818,7 @@ def test_arguments_may_have_any_name() -> None:
     torch.testing.assert_close(y, of_the_paper(model, x))
 
 
-class FrozenBatchNormOfX(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.ones(C))
-        self.register_buffer("bias", torch.zeros(C))
-        self.register_buffer("running_mean", torch.zeros(C))
-        self.register_buffer("running_var", torch.ones(C))
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + 1e-5).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-
-
 def test_thawed_layer_takes_its_input_by_name() -> None:
-    model, x = lived_in(FrozenBatchNormOfX()), image()
+    model, x = lived_in(torchvision.ops.FrozenBatchNorm2d(C)), image()
     y = renormify(nn.Sequential(model), include_frozen=True)[0](x=x)
     torch.testing.assert_close(y, of_the_paper(model, x), rtol=1e-4, atol=1e-5)
