@@ -108,17 +108,24 @@ class Arm:
         choices = (dict(zip(self.grid, point, strict=True)) for point in points)
         return [replace(self.base, **choice, seed=TUNING_SEEDS[0], test=0) for choice in choices]
 
+    def contenders(self, results: Results) -> list[Run]:
+        """Those that the choice is between: the best of what was tried, or all."""
+        best = sorted(self.tried(), key=lambda run: -results[run.key()]["validation"])
+        return best[: self.again or None]
+
+    def seeds(self) -> tuple[int, ...]:
+        """With which each contender is tried."""
+        return TUNING_SEEDS if self.again else TUNING_SEEDS[:1]
+
     def tried_again(self, results: Results) -> list[Run]:
-        """The best of those that were tried, with the further seeds."""
-        best = sorted(self.tried(), key=lambda run: -results[run.key()]["validation"])[: self.again]
-        return [replace(run, seed=seed) for run in best for seed in TUNING_SEEDS[1:]]
+        """The contenders, with the further seeds."""
+        return [replace(run, seed=seed) for run in self.contenders(results) for seed in self.seeds()[1:]]
 
     def is_tuned(self, results: Results) -> bool:
         """Whether all is there that the choice is made from."""
         if self.like:
             return self.like.is_tuned(results)
-        first = self.tried()
-        return all(run.key() in results for run in first) and all(
+        return all(run.key() in results for run in self.tried()) and all(
             run.key() in results for run in self.tried_again(results)
         )
 
@@ -132,12 +139,12 @@ class Arm:
         return replace(self.base, **{name: getattr(best, name) for name in self.grid})
 
     def validated(self, results: Results) -> dict[Run, float]:
-        """The combinations that the choice is between, each with its mean accuracy over the seeds."""
-        last = {replace(run, seed=TUNING_SEEDS[0]): TUNING_SEEDS for run in self.tried_again(results)}
-        seeds = last or dict.fromkeys(self.tried(), TUNING_SEEDS[:1])
+        """The contenders, each with its mean accuracy over the seeds."""
         return {
-            run: statistics.fmean(results[replace(run, seed=s).key()]["validation"] for s in of)
-            for run, of in seeds.items()
+            run: statistics.fmean(
+                results[replace(run, seed=seed).key()]["validation"] for seed in self.seeds()
+            )
+            for run in self.contenders(results)
         }
 
     def finals(self, results: Results, seeds: int) -> list[Run]:

@@ -18,12 +18,12 @@ from paper.settings import (
     LABELS,
     SIZES,
     Arm,
+    Results,
     Study,
     finetune_name,
     scratch_name,
 )
 
-Results = Mapping[str, Result]
 NAMES = {
     "bn": "BatchNorm",
     "br": "Batch Renorm",
