@@ -11,6 +11,7 @@ import argparse
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the group exists: its default arguments keep a group, and abort the exit
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,20 +49,11 @@ def same_everywhere(model: nn.Module) -> bool:
     return True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
-    steps = parser.parse_args().steps
-    dist.init_process_group("gloo")
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)  # the same model, and the same order of images, in all processes
-    images, labels = digits()
-
-    # 1. Convert before the model is wrapped. Statistics need no broadcast: they stay the same by themselves.
-    model = convert_sync(renormify(network()))
+def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
+    """Trains as usual, each process on its share of a batch with two images per process."""
+    # Statistics need no broadcast: they stay the same by themselves.
     wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
-
-    # 2. Train as usual, each process on its share.
+    rank, processes = dist.get_rank(), dist.get_world_size()
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
     scheduler = RenormScheduler(wrapped, PaperSchedule.scaled(steps))
     wrapped.train()
@@ -73,7 +65,21 @@ def main() -> None:
         optimizer.step()
         scheduler.step()
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=600)
+    steps = parser.parse_args().steps
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)  # the same model, and the same order of images, in all processes
+    images, labels = digits()
+
+    # 1. Convert before the model is wrapped. 2. Train it.
+    model = convert_sync(renormify(network()))
+    train(model, images, labels, steps)
+
     # 3. In evaluation nothing is exchanged, so that one process can do it.
+    rank, processes = dist.get_rank(), dist.get_world_size()
     print(f"process {rank} of {processes}: same state as the first: {same_everywhere(model)}", flush=True)
     if rank == 0:
         model.eval()
