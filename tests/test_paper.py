@@ -23,7 +23,7 @@ from paper.intervals import difference, mean, p_value
 from paper.networks import Constant, Microbatches, Pooled, Workers, build, for_deployment, for_training
 from paper.records import Records
 from paper.settings import FULL, QUICK, SCRATCH, Arm, Run
-from paper.training import perform
+from paper.training import hold, perform
 from torch import nn
 
 from renormify import BatchRenorm2d
@@ -118,6 +118,36 @@ def test_constant_statistics_have_no_gradient_and_move_as_pooled_ones():
 
 
 @pytest.mark.parametrize("norm", ["bn", "br"])
+def test_statistics_held_are_those_of_all_images_and_feel_no_microbatch(norm):
+    run = replace(SCRATCH, network="plain6", norm=norm, microbatch=2)
+    model = for_training(build(run), run)
+    x = torch.randn(8, 1, 28, 28) + torch.arange(8.0).view(-1, 1, 1, 1)
+    model.train()(x)
+    parameters = list(model.parameters())
+    hold(model, [x[:4], x[4:]])
+    first = model[0](x).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model[1].running_mean, first.mean(1))
+    torch.testing.assert_close(
+        model[1].running_var, first.var(1, unbiased=norm == "bn"), rtol=1e-5, atol=1e-6
+    )
+    held = copy.deepcopy(dict(model.named_buffers()))
+    alone = torch.cat([model.train()(part) for part in x.split(1)])
+    torch.testing.assert_close(alone, model.eval()(x))
+    torch.testing.assert_close(dict(model.named_buffers()), held, rtol=0, atol=0)
+    for mine, before in zip(model.parameters(), parameters, strict=True):  # which the optimiser goes on with
+        assert mine is before
+
+
+def test_held_from_the_middle_on(tmp_path):
+    """Until then it is the run that is not, as its points of accuracy say, and from then on another."""
+    folder = made_up_data(tmp_path)
+    run = Run(network="plain6", norm="br", microbatch=8, batch=16, steps=40, lr=0.05, momentum=0.1, test=0)
+    moving, held = (perform(replace(run, labels=1, held=share), folder) for share in (1.0, 0.5))
+    assert moving["curve"][0] == held["curve"][0]
+    assert moving["curve"][1] != held["curve"][1]
+
+
+@pytest.mark.parametrize("norm", ["bn", "br"])
 def test_microbatches_in_one_pass_are_those_one_after_the_other(norm):
     run = replace(SCRATCH, norm=norm, microbatch=4, ramp=False)
     expected, wrapped = build(run).double(), build(run).double()
@@ -167,8 +197,15 @@ def test_tables_of_made_up_results():
         for run in arm.finals({}, seeds):
             test = base + 0.01 * run.seed
             curve = [(100, test - 0.05), (200, test - 0.01)]
-            results[run.key()] = {"test": test, "curve": curve, "diverged": False}
+            results[run.key()] = {"test": test, "test_recalibrated": test, "curve": curve, "diverged": False}
     lines = tables.microbatch(study, results).splitlines()
+    one_label = tables.biased(study, results).splitlines()[-4:]
+    assert [line.split("|")[4].strip() for line in one_label] == [
+        "BatchNorm",
+        "Batch Renorm",
+        "BatchNorm, held",
+        "Batch Renorm, held",
+    ]
     assert lines[4] == "| 20 layers | 2 | 80.5 ± 6.4 | 86.5 ± 6.4 | 6.0 ± 0.0 |  | 60 % | 200 / 100 |"
     assert "| 20 layers | 4 |" in lines[3]
     assert "50 %" in lines[3]

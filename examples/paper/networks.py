@@ -132,7 +132,12 @@ def for_training(model: nn.Module, run: Run) -> nn.Module:
 
 def for_deployment(model: nn.Module) -> nn.Module:
     """The network without what training put around its norm layers, in evaluation mode."""
-    return _replaced(copy.deepcopy(model), (Microbatches,), lambda wrapper: wrapper.norm).eval()
+    return without_microbatches(copy.deepcopy(model)).eval()
+
+
+def without_microbatches(model: nn.Module) -> nn.Module:
+    """The same network, whose norm layers see whole batches again."""
+    return _replaced(model, (Microbatches,), lambda wrapper: wrapper.norm)
 
 
 def _plain(run: Run) -> nn.Sequential:

@@ -46,6 +46,7 @@ class Run:
         ramp: whether the limits rise as in the paper, or are there from the start.
         stat: what Batch Renorm averages, "sigma" or "var".
         recalibrate: whether the running statistics are first counted on unlabelled training images.
+        held: the share of the steps after which they are counted so and held still from then on; 1: never.
         seed: of the weights and of the order of the images.
         test: how many of the 10,000 test images are used; 0 for runs that choose settings.
         protocol: :data:`PROTOCOL`.
@@ -64,6 +65,7 @@ class Run:
     ramp: bool = True
     stat: str = "sigma"
     recalibrate: bool = False
+    held: float = 1.0
     seed: int = 0
     test: int = 10_000
     protocol: int = PROTOCOL
@@ -205,9 +207,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def scratch_name(network: str, norm: str, microbatch: int, labels: int = LABELS) -> str:
+def scratch_name(network: str, norm: str, microbatch: int, labels: int = LABELS, held: bool = False) -> str:
     drawn = "" if labels == LABELS else ", one label" if labels == 1 else f", {labels} labels"
-    return f"{network}: {norm}, microbatch {microbatch}{drawn}"
+    return f"{network}: {norm}, microbatch {microbatch}{drawn}{', held' if held else ''}"
 
 
 def finetune_name(network: str, norm: str, microbatch: int, labels: int, recalibrate: bool) -> str:
@@ -229,6 +231,10 @@ CELLS: Mapping[str, Sequence[tuple[int, int]]] = {
 CONTROLS = (("pooled", 8, LABELS), ("pooled", 8, 1), ("constant", 8, 1))
 """With limits that never bind: training's forward is evaluation's, whatever the microbatches. These make
 themselves felt in the gradient alone of "pooled", and not at all of "constant"."""
+
+RATES = (0.0125, 0.025, 0.05, 0.1)
+HELD = (0.5, 0.75)
+"""Where microbatches of one label hold their statistics still, in the place of a second momentum to try."""
 
 FINETUNE = Run(
     network="efficientnet_lite0",
@@ -256,19 +262,26 @@ REPEATED = tuple(("mobilenet_v2", 2, labels) for labels in (LABELS, 1))
 """With the settings that the other network's runs led to."""
 
 
-def _scratch(run: Run, grid: Mapping[str, Sequence[float]]) -> tuple[Arm, ...]:
+def _scratch(
+    run: Run, grid: Mapping[str, Sequence[float]], held_grid: Mapping[str, Sequence[float]]
+) -> tuple[Arm, ...]:
     unlimited = replace(run, r_max=UNBOUNDED, d_max=UNBOUNDED, ramp=False, recalibrate=True)
-    arms = [
+    runs = [
         replace(run, network=network, norm=norm, microbatch=microbatch, labels=labels)
         for network, cells in CELLS.items()
         for microbatch, labels in cells
         for norm in ("bn", "br")
     ]
-    arms += [replace(unlimited, norm=norm, microbatch=size, labels=labels) for norm, size, labels in CONTROLS]
-    return tuple(
-        Arm(scratch_name(arm.network, arm.norm, arm.microbatch, arm.labels), arm, grid, again=3)
-        for arm in arms
-    )
+    runs += [replace(unlimited, norm=norm, microbatch=size, labels=labels) for norm, size, labels in CONTROLS]
+    arms = [
+        Arm(scratch_name(base.network, base.norm, base.microbatch, base.labels), base, grid, again=3)
+        for base in runs
+    ]
+    for base in runs:
+        if base.labels == 1 and base.norm in ("bn", "br"):
+            name = scratch_name(base.network, base.norm, base.microbatch, base.labels, held=True)
+            arms.append(Arm(name, replace(base, held=HELD[0]), held_grid, again=3))
+    return tuple(arms)
 
 
 def _finetune(run: Run, cells: Sequence[tuple[str, int, int]], tuned: bool) -> tuple[Arm, ...]:
@@ -293,7 +306,7 @@ def _finetune(run: Run, cells: Sequence[tuple[str, int, int]], tuned: bool) -> t
 ABLATED = (scratch_name("plain20", "br", 2), scratch_name("plain14", "br", 8, 2))
 
 FULL = Study(
-    main=_scratch(SCRATCH, {"lr": (0.0125, 0.025, 0.05, 0.1), "momentum": (0.1, 0.03)}),
+    main=_scratch(SCRATCH, {"lr": RATES, "momentum": (0.1, 0.03)}, {"lr": RATES, "held": HELD}),
     ablated=ABLATED,
     variants=VARIANTS,
     finetuned=SEARCHED + REPEATED,
@@ -303,7 +316,7 @@ FULL = Study(
 )
 
 QUICK = Study(
-    main=_scratch(replace(SCRATCH, steps=40, test=2_000), {}),
+    main=_scratch(replace(SCRATCH, steps=40, test=2_000), {}, {}),
     ablated=ABLATED[1:],
     variants={name: VARIANTS[name] for name in ("as in the paper", "no ramp")},
     finetuned=SEARCHED[:2],

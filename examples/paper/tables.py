@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -104,10 +105,17 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def scratch(
-    study: Study, results: Results, network: str, norm: str, size: int, labels: int = LABELS
+    study: Study,
+    results: Results,
+    network: str,
+    norm: str,
+    size: int,
+    labels: int = LABELS,
+    *,
+    held: bool = False,
 ) -> list[Result] | None:
     """The results of an arm trained from scratch, by seed; None where a run is missing."""
-    return finals(study, study.arm(scratch_name(network, norm, size, labels)), results)
+    return finals(study, study.arm(scratch_name(network, norm, size, labels, held)), results)
 
 
 def microbatch(study: Study, results: Results) -> str:
@@ -171,14 +179,17 @@ def biased(study: Study, results: Results) -> str:
         reference, plain = (
             scratch(study, results, network, "bn", *cell) for cell in ((32, LABELS), (size, labels))
         )
-        for norm in ("bn", "br"):
-            row = [NETWORKS[network], str(labels), str(size), NAMES[norm]]
-            found = scratch(study, results, network, norm, size, labels)
+        for held, norm in itertools.product((False, True) if labels == 1 else (False,), ("bn", "br")):
+            name = NAMES[norm] + (", held" if held else "")
+            row = [NETWORKS[network], str(labels), str(size), name]
+            found = scratch(study, results, network, norm, size, labels, held=held)
             if found is None or plain is None or reference is None:
                 rows.append([*row, *[NONE] * 4])
                 continue
             ours, theirs = values(found), values(plain)
-            versus = ("", "") if norm == "bn" else (_share(values(reference), theirs, ours), _p(ours, theirs))
+            versus = [_share(values(reference), theirs, ours), _p(ours, theirs)]
+            if norm == "bn" and not held:
+                versus = ["", ""]
             rows.append([*row, score(found), *versus, score(found, "test_recalibrated")])
     header = (
         "network",

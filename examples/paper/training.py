@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from paper.data import IMAGENET, Data, Sampler, load
 from paper.measuring import accuracy, tested
-from paper.networks import build, for_training
+from paper.networks import build, for_training, without_microbatches
 from paper.settings import MOVING, RENORM, Run
-from renormify import ConstantSchedule, PaperSchedule, RenormScheduler, recalibrate
+from renormify import ConstantSchedule, PaperSchedule, RenormScheduler, freeze_stats, recalibrate
 
 WARM_UP = 20
 PIXELS = 64  # of what the pretrained networks are given
@@ -91,6 +91,8 @@ def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
     for step in range(1, run.steps + 1):
+        if step == run.held * run.steps + 1:
+            hold(model, _unlabelled(run, data))
         model.train()
         images, labels = data.train.at(sampler.step(run.batch))
         loss = F.cross_entropy(model(images), labels)
@@ -107,6 +109,13 @@ def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
             curve.append((step, accuracy(model, watched)))
     last = losses[-max(1, run.steps // 20) :]
     return {"curve": curve, "train_loss": sum(last) / len(last), "diverged": not math.isfinite(losses[-1])}
+
+
+def hold(model: nn.Module, unlabelled: list[Tensor]) -> None:
+    """Counts the running statistics anew and holds them still, so that no microbatch is felt any more."""
+    without_microbatches(model)
+    recalibrate(model, unlabelled)
+    freeze_stats(model)
 
 
 def _optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
