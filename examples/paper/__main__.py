@@ -36,7 +36,7 @@ from paper.tables import fill, sections
 from paper.training import perform
 
 HERE = Path(__file__).parent
-PARTS = ("main", "ablation", "finetuning")
+PARTS = ("main", "ablation", "finetuning", "defaults")
 
 
 def main() -> int:
@@ -67,10 +67,14 @@ def main() -> int:
 
 def phases(study: Study, part: str, records: Records) -> Iterator[tuple[str, list[Run]]]:
     """What is to be run, each phase decided when those before it are done."""
-    if part == "ablation":
-        for arm in study.ablated:
-            yield from _choosing(arm, [study.arm(arm)], records)
-        yield "ablation", [run for _, _, runs in study.ablation(records.results) for run in runs]
+    if part in study.ablations:
+        names, variants = study.ablations[part]
+        yield from _choosing(part, [study.arm(name) for name in names], records)
+        for name in names:
+            yield (
+                f"{part}: {name}",
+                [run for runs in study.ablation(name, variants, records.results).values() for run in runs],
+            )
         return
     arms = study.main if part == "main" else study.finetuning
     yield from _choosing(part, arms, records)
@@ -80,7 +84,12 @@ def phases(study: Study, part: str, records: Records) -> Iterator[tuple[str, lis
 
 
 def _choosing(of: str, arms: Sequence[Arm], records: Records) -> Iterator[tuple[str, list[Run]]]:
-    yield f"settings of {of}", [run for arm in arms for run in arm.tried()]
+    def due() -> list[Run]:
+        tried = (run for arm in arms for run in arm.tried(records.results))
+        return [run for run in tried if run.key() not in records.results]
+
+    while runs := due():
+        yield f"settings of {of}", runs
     yield (
         f"settings of {of}, the best again",
         [run for arm in arms for run in arm.tried_again(records.results)],

@@ -18,8 +18,8 @@ FOLDER = Path("/usr/share/datasets/fashion-mnist")
 PARTS = ("train", "t10k")
 VALIDATION = 5_000
 
-# Of Fashion-MNIST's training images, and what networks trained on ImageNet expect, grey.
-OWN, IMAGENET = (0.2860, 0.3530), (0.449, 0.226)
+OWN = (0.2860, 0.3530)
+"""Mean and standard deviation of Fashion-MNIST's training images."""
 
 
 def missing(folder: Path) -> str | None:

@@ -36,6 +36,30 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Mean:
     return mean([a - b for a, b in zip(first, second, strict=True)])
 
 
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float, float] | None:
+    """The ratio of two means of pairs, and its 95 % interval by Fieller's theorem.
+
+    The interval holds all ratios q for which a paired t-test finds no difference between the numerator and q
+    times the denominator.
+
+    Returns:
+        Ratio, lower and upper end; None where the denominator cannot be told from 0, since the interval then
+        has no ends.
+    """
+    n = len(numerator)
+    if n < 2:
+        return None
+    above, below = statistics.fmean(numerator), statistics.fmean(denominator)
+    t2 = float(stats.t.ppf(0.975, n - 1)) ** 2 / n
+    a = below**2 - t2 * statistics.variance(denominator)
+    b = above * below - t2 * statistics.covariance(numerator, denominator)
+    c = above**2 - t2 * statistics.variance(numerator)
+    if a <= 0:
+        return None
+    root = math.sqrt(max(0.0, b**2 - a * c))
+    return above / below, (b - root) / a, (b + root) / a
+
+
 def p_value(first: Sequence[float], second: Sequence[float]) -> float:
     """Of the paired t-test, two-sided; NaN for a single pair or pairs that all differ alike."""
     gaps = [a - b for a, b in zip(first, second, strict=True)]

@@ -111,7 +111,7 @@ def biased(study: Study, results: Results) -> Figure | None:
     figure, axes = _figure(8, 3, 2)
     for norm, axis in zip(("bn", "br"), axes, strict=True):
         for offset, (key, label, alpha) in enumerate(
-            (("test_by_batch", "by batch statistics", 0.4), ("test", "by running statistics", 1.0))
+            (("test_by_batch", "by batch statistics", 0.4), ("test_of_drawn", "by running statistics", 1.0))
         ):
             points = [mean(values(found[norm, labels], key)) for labels in drawn]
             axis.bar(
@@ -131,18 +131,16 @@ def biased(study: Study, results: Results) -> Figure | None:
 
 def ablation(study: Study, results: Results) -> Figure | None:
     """What each variant changes."""
-    if not all(study.arm(name).is_tuned(results) for name in study.ablated):
+    names, variants = study.ablations["ablation"]
+    if not all(study.arm(name).is_tuned(results) for name in names):
         return None
-    cells = list(study.ablation(results))
-    if any(run.key() not in results for _, _, runs in cells for run in runs):
+    runs = {name: study.ablation(name, variants, results) for name in names}
+    if any(run.key() not in results for of in runs.values() for one in of.values() for run in one):
         return None
-    figure, axes = _figure(8, 3.6, len(study.ablated))
-    for name, axis in zip(study.ablated, axes, strict=True):
-        accuracies = {
-            v: [results[run.key()]["test"] for run in runs] for arm, v, runs in cells if arm == name
-        }
-        base = next(iter(accuracies.values()))
-        points = [difference(found, base) for found in accuracies.values()]
+    figure, axes = _figure(9, 3.6, len(names))
+    for name, axis in zip(names, axes, strict=True):
+        accuracies = [[results[run.key()]["test"] for run in one] for one in runs[name].values()]
+        points = [difference(found, accuracies[0]) for found in accuracies]
         places = range(len(points), 0, -1)
         axis.errorbar(
             [100 * point.value for point in points],
@@ -152,7 +150,7 @@ def ablation(study: Study, results: Results) -> Figure | None:
             color=COLOURS["br"],
             capsize=2,
         )
-        axis.set_yticks(places, list(accuracies) if axis is axes[0] else [""] * len(points))
+        axis.set_yticks(places, list(variants) if axis is axes[0] else [""] * len(points))
         axis.axvline(0, color="#555555", linewidth=0.8)
         axis.set(title=ablated_title(name), xlabel="points of accuracy")
     return figure

@@ -11,7 +11,7 @@ from typing import Any
 
 from paper.settings import PROTOCOL, Run
 
-LIBRARIES = ("renormify", "torch", "numpy", "onnxruntime")
+LIBRARIES = ("renormify", "torch", "torchvision", "efficientnet-lite-pytorch", "numpy", "onnxruntime")
 
 Result = dict[str, Any]
 

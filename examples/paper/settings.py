@@ -90,8 +90,9 @@ class Arm:
     Args:
         name: in the tables.
         base: without a choice made.
-        grid: values of fields of :class:`Run`, each combination of which is tried once on the validation
-            images. Every arm of a comparison has as many combinations.
+        grid: values of fields of :class:`Run`, each combination of which is tried on the validation images.
+        ranges: the values that a field of the grid may take, in order. The best so far has its neighbours
+            tried too, until none is better, so that no choice is one that the grid's edge has made.
         again: how many of the best are tried again, with each further seed; 0 for none.
         like: an arm whose choice this one takes over.
     """
@@ -99,20 +100,35 @@ class Arm:
     name: str
     base: Run
     grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    ranges: Mapping[str, Sequence[float]] = field(default_factory=dict)
     again: int = 0
     like: Arm | None = None
 
-    def tried(self) -> list[Run]:
-        """Each combination, once."""
-        if not self.grid:
-            return []
-        points = itertools.product(*self.grid.values())
-        choices = (dict(zip(self.grid, point, strict=True)) for point in points)
-        return [replace(self.base, **choice, seed=TUNING_SEEDS[0], test=0) for choice in choices]
+    def tried(self, results: Results) -> list[Run]:
+        """Each combination, once, and the neighbours that the results lead to, as far as these go."""
+        runs: list[Run] = []
+        new = list(self._grid()) if self.grid else []
+        while new:
+            runs += new
+            if any(run.key() not in results for run in runs):
+                break
+            best = max(runs, key=lambda run: results[run.key()]["validation"])
+            new = [run for run in self._neighbours(best) if run not in runs]
+        return runs
+
+    def _grid(self) -> Iterator[Run]:
+        for point in itertools.product(*self.grid.values()):
+            yield replace(self.base, **dict(zip(self.grid, point, strict=True)), seed=TUNING_SEEDS[0], test=0)
+
+    def _neighbours(self, run: Run) -> Iterator[Run]:
+        for name, values in self.ranges.items():
+            at = values.index(getattr(run, name))
+            for value in (*values[max(0, at - 1) : at], *values[at + 1 : at + 2]):
+                yield replace(run, **{name: value})
 
     def contenders(self, results: Results) -> list[Run]:
         """Those that the choice is between: the best of what was tried, or all."""
-        best = sorted(self.tried(), key=lambda run: -results[run.key()]["validation"])
+        best = sorted(self.tried(results), key=lambda run: -results[run.key()]["validation"])
         return best[: self.again or None]
 
     def seeds(self) -> tuple[int, ...]:
@@ -127,7 +143,7 @@ class Arm:
         """Whether all is there that the choice is made from."""
         if self.like:
             return self.like.is_tuned(results)
-        return all(run.key() in results for run in self.tried()) and all(
+        return all(run.key() in results for run in self.tried(results)) and all(
             run.key() in results for run in self.tried_again(results)
         )
 
@@ -160,16 +176,15 @@ class Study:
 
     Attributes:
         main: findings 1 to 4.
-        ablation: from the arm named first, with its choice of learning rate and momentum.
+        ablations: by part of the study the names of the arms to vary, and how; the first way is none.
         finetuned: network, microbatch and labels of what is fine-tuned.
         finetuning: finding 7.
         seeds: of the main arms.
-        few_seeds: of the ablation and of the fine-tuning.
+        few_seeds: of the ablations and of the fine-tuning.
     """
 
     main: tuple[Arm, ...]
-    ablated: tuple[str, ...]
-    variants: Mapping[str, Mapping[str, Any]]
+    ablations: Mapping[str, tuple[tuple[str, ...], Mapping[str, Mapping[str, Any]]]]
     finetuned: tuple[tuple[str, int, int], ...]
     finetuning: tuple[Arm, ...]
     seeds: int
@@ -182,21 +197,23 @@ class Study:
         """How many runs an arm has."""
         return self.seeds if arm in self.main else self.few_seeds
 
-    def ablation(self, results: Results) -> Iterator[tuple[str, str, list[Run]]]:
-        """Arm, variant, and its runs."""
-        for name in self.ablated:
-            chosen = self.arm(name).chosen(results)
-            for variant, changes in self.variants.items():
-                changed = replace(chosen, **changes)
-                yield name, variant, [replace(changed, seed=seed) for seed in range(self.few_seeds)]
+    def ablation(
+        self, name: str, variants: Mapping[str, Mapping[str, Any]], results: Results
+    ) -> dict[str, list[Run]]:
+        """The runs of each variant of an arm, with its choice of learning rate and momentum."""
+        chosen = self.arm(name).chosen(results)
+        return {
+            variant: [replace(chosen, **changes, seed=seed) for seed in range(self.few_seeds)]
+            for variant, changes in variants.items()
+        }
 
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "as in the paper": {},
+    "as chosen": {},
     "r alone": {"d_max": 0.0},
     "d alone": {"r_max": 1.0},
     "limits 1.5 and 2.5": {"r_max": 1.5, "d_max": 2.5},
-    "unbounded": {"r_max": UNBOUNDED, "d_max": UNBOUNDED},
+    "unbounded, no ramp": {"r_max": UNBOUNDED, "d_max": UNBOUNDED, "ramp": False},
     "momentum 0.1": {"momentum": 0.1},
     "momentum 0.01": {"momentum": 0.01},
     "momentum 0.001": {"momentum": 0.001},
@@ -205,6 +222,17 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "recalibrated first": {"recalibrate": True},
     "no ramp, recalibrated first": {"ramp": False, "recalibrate": True},
 }
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "as chosen": {},
+    "momentum 0.03": {"momentum": 0.03},
+    "momentum 0.01": {"momentum": 0.01},
+    "momentum 0.003": {"momentum": 0.003},
+    "average of the variance": {"stat": "var"},
+    "limits 1.5 and 2.5": {"r_max": 1.5, "d_max": 2.5},
+    "unbounded": {"r_max": UNBOUNDED, "d_max": UNBOUNDED},
+    "the paper's ramp": {"ramp": True},
+}
+"""What `renormify()` might do with a pretrained model."""
 
 
 def scratch_name(network: str, norm: str, microbatch: int, labels: int = LABELS, held: bool = False) -> str:
@@ -228,13 +256,18 @@ CELLS: Mapping[str, Sequence[tuple[int, int]]] = {
 }
 """Microbatch and labels of what is trained from scratch, with BatchNorm and with Batch Renorm."""
 
-CONTROLS = (("pooled", 8, LABELS), ("pooled", 8, 1), ("constant", 8, 1))
+CONTROLS = (("pooled", 8, LABELS), ("pooled", 8, 1), ("constant", 8, LABELS), ("constant", 8, 1))
 """With limits that never bind: training's forward is evaluation's, whatever the microbatches. These make
-themselves felt in the gradient alone of "pooled", and not at all of "constant"."""
+themselves felt in the gradient alone of "pooled"; of "constant" in nothing but which images a step has."""
 
-RATES = (0.0125, 0.025, 0.05, 0.1)
-HELD = (0.5, 0.75)
-"""Where microbatches of one label hold their statistics still, in the place of a second momentum to try."""
+SCRATCH_RANGES = {
+    "lr": (0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2),
+    "momentum": (0.01, 0.03, 0.1, 0.3),
+    "held": (0.25, 0.5, 0.75),
+}
+SCRATCH_GRID = {"lr": (0.0125, 0.025, 0.05, 0.1), "momentum": (0.1, 0.03)}
+HELD_GRID = {"lr": (0.0125, 0.025, 0.05, 0.1), "momentum": (0.1,), "held": (0.5, 0.75)}
+"""Of microbatches with one label, where their statistics are held still from some step on."""
 
 FINETUNE = Run(
     network="efficientnet_lite0",
@@ -255,33 +288,45 @@ ARMS = (
     ("br", False),
     ("br", True),
 )
-WITH_MOMENTUM = {"lr": (5e-4, 2e-3), "momentum": (0.03, 0.01, 0.003)}
-WITHOUT = {"lr": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
+FINETUNE_RANGES = {
+    "lr": (3.125e-5, 1.25e-4, 5e-4, 2e-3, 8e-3),
+    "momentum": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+}
+WITH_MOMENTUM = {"lr": (5e-4, 2e-3), "momentum": (0.03, 0.01)}
+WITHOUT = {"lr": (5e-4, 2e-3)}
 SEARCHED = tuple(("efficientnet_lite0", size, labels) for size in (2, 8) for labels in (LABELS, 1))
 REPEATED = tuple(("mobilenet_v2", 2, labels) for labels in (LABELS, 1))
 """With the settings that the other network's runs led to."""
 
 
-def _scratch(
-    run: Run, grid: Mapping[str, Sequence[float]], held_grid: Mapping[str, Sequence[float]]
-) -> tuple[Arm, ...]:
+def _scratch(run: Run, *, tuned: bool) -> tuple[Arm, ...]:
     unlimited = replace(run, r_max=UNBOUNDED, d_max=UNBOUNDED, ramp=False, recalibrate=True)
-    runs = [
+    compared = [
         replace(run, network=network, norm=norm, microbatch=microbatch, labels=labels)
         for network, cells in CELLS.items()
         for microbatch, labels in cells
         for norm in ("bn", "br")
     ]
-    runs += [replace(unlimited, norm=norm, microbatch=size, labels=labels) for norm, size, labels in CONTROLS]
-    arms = [
-        Arm(scratch_name(base.network, base.norm, base.microbatch, base.labels), base, grid, again=3)
-        for base in runs
+    controls = [
+        replace(unlimited, norm=norm, microbatch=size, labels=labels) for norm, size, labels in CONTROLS
     ]
-    for base in runs:
-        if base.labels == 1 and base.norm in ("bn", "br"):
-            name = scratch_name(base.network, base.norm, base.microbatch, base.labels, held=True)
-            arms.append(Arm(name, replace(base, held=HELD[0]), held_grid, again=3))
+    held = [replace(base, held=0.5) for base in compared if base.labels == 1]
+    arms = []
+    for base in (*compared, *controls, *held):
+        grid = HELD_GRID if base.held < 1 else SCRATCH_GRID
+        name = scratch_name(base.network, base.norm, base.microbatch, base.labels, base.held < 1)
+        arms.append(_arm(name, base, grid if tuned else {}, SCRATCH_RANGES, again=2))
     return tuple(arms)
+
+
+def _arm(
+    name: str,
+    base: Run,
+    grid: Mapping[str, Sequence[float]],
+    ranges: Mapping[str, Sequence[float]],
+    again: int = 0,
+) -> Arm:
+    return Arm(name, base, grid, {field: ranges[field] for field in grid}, again)
 
 
 def _finetune(run: Run, cells: Sequence[tuple[str, int, int]], tuned: bool) -> tuple[Arm, ...]:
@@ -299,16 +344,23 @@ def _finetune(run: Run, cells: Sequence[tuple[str, int, int]], tuned: bool) -> t
             searched = arms[finetune_name(SEARCHED[0][0], norm, size, labels, recalibrate)]
             arms[name] = Arm(name, base, like=searched)
         else:
-            arms[name] = Arm(name, base, WITH_MOMENTUM if norm in MOVING else WITHOUT)
+            arms[name] = _arm(name, base, WITH_MOMENTUM if norm in MOVING else WITHOUT, FINETUNE_RANGES)
     return tuple(arms.values())
 
 
-ABLATED = (scratch_name("plain20", "br", 2), scratch_name("plain14", "br", 8, 2))
+ABLATED = (
+    scratch_name("plain20", "br", 2),
+    scratch_name("plain14", "br", 8, 2),
+    scratch_name("plain14", "br", 8, 1),
+)
+
+FOR_DEFAULTS = tuple(
+    finetune_name(SEARCHED[0][0], "br", 2, labels, recalibrate=False) for labels in (LABELS, 1)
+)
 
 FULL = Study(
-    main=_scratch(SCRATCH, {"lr": RATES, "momentum": (0.1, 0.03)}, {"lr": RATES, "held": HELD}),
-    ablated=ABLATED,
-    variants=VARIANTS,
+    main=_scratch(SCRATCH, tuned=True),
+    ablations={"ablation": (ABLATED, VARIANTS), "defaults": (FOR_DEFAULTS, DEFAULTS)},
     finetuned=SEARCHED + REPEATED,
     finetuning=_finetune(FINETUNE, SEARCHED + REPEATED, tuned=True),
     seeds=5,
@@ -316,9 +368,11 @@ FULL = Study(
 )
 
 QUICK = Study(
-    main=_scratch(replace(SCRATCH, steps=40, test=2_000), {}, {}),
-    ablated=ABLATED[1:],
-    variants={name: VARIANTS[name] for name in ("as in the paper", "no ramp")},
+    main=_scratch(replace(SCRATCH, steps=40, test=2_000), tuned=False),
+    ablations={
+        "ablation": (ABLATED[1:2], {name: VARIANTS[name] for name in ("as chosen", "no ramp")}),
+        "defaults": (FOR_DEFAULTS[:1], {name: DEFAULTS[name] for name in ("as chosen", "momentum 0.003")}),
+    },
     finetuned=SEARCHED[:2],
     finetuning=_finetune(replace(FINETUNE, steps=10, test=500), SEARCHED[:2], tuned=False),
     seeds=1,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paper.intervals import difference, mean, p_text, p_value
+from paper.intervals import difference, mean, p_text, p_value, ratio
 from paper.records import Result
 from paper.settings import (
     ARMS,
@@ -52,8 +51,10 @@ def sections(study: Study, results: Results, bench: Path | None = None) -> dict[
         "controls": controls(study, results),
         "overfitting": overfitting(study, results),
         "cost": cost(bench),
-        "ablation": ablation(study, results),
+        "ablation": ablation(study, results, "ablation"),
         "finetuning": finetuning(study, results),
+        "comparisons": comparisons(study, results),
+        "defaults": ablation(study, results, "defaults"),
         "deployment": deployment(study, results),
         "settings": settings(study, results),
     }
@@ -154,7 +155,9 @@ def _compared(bn: Sequence[Result], br: Sequence[Result]) -> list[str]:
 
 
 def _faster(bn: Sequence[Result], br: Sequence[Result]) -> str:
-    """The steps that each takes to where BatchNorm ends."""
+    """The steps that the mean curve of each takes to where BatchNorm's ends."""
+    if any(result["diverged"] for result in bn):
+        return "BatchNorm diverged"
     end = statistics.fmean(result["curve"][-1][1] for result in bn)
     taken = [steps_to(found, end) for found in (bn, br)]
     return " / ".join("never" if step is None else f"{step:g}" for step in taken)
@@ -164,33 +167,39 @@ def _p(found: Sequence[float], base: Sequence[float]) -> str:
     return p_text(p_value(found, base))
 
 
-def _share(reference: Sequence[float], bn: Sequence[float], br: Sequence[float]) -> str:
-    """Of the gap between BatchNorm here and at microbatch 32, in percent."""
-    gap = statistics.fmean(reference) - statistics.fmean(bn)
-    return f"{100 * (statistics.fmean(br) - statistics.fmean(bn)) / gap:.0f} %" if gap > 0 else "no gap"
+def _share(reference: Sequence[float], bn: Sequence[float], found: Sequence[float]) -> str:
+    """Of the gap between BatchNorm here and in i.i.d. microbatches of 32, in percent, with its interval."""
+    won = [ours - theirs for ours, theirs in zip(found, bn, strict=True)]
+    gap = [whole - theirs for whole, theirs in zip(reference, bn, strict=True)]
+    share = ratio(won, gap)
+    if share is None or statistics.fmean(gap) <= 0:
+        return "no clear gap"
+    value, low, high = (100 * part for part in share)
+    return f"{value:.0f} % ({low:.0f} to {high:.0f})"
 
 
 def biased(study: Study, results: Results) -> str:
-    """Finding 3, and what limits it."""
+    """Finding 3, and what can be done."""
     cells = [("plain14", *cell) for cell in BIASED]
     cells += [("plain6", size, labels) for size, labels in CELLS["plain6"] if labels != LABELS]
     rows = []
     for network, size, labels in cells:
-        reference, plain = (
-            scratch(study, results, network, "bn", *cell) for cell in ((32, LABELS), (size, labels))
-        )
-        for held, norm in itertools.product((False, True) if labels == 1 else (False,), ("bn", "br")):
-            name = NAMES[norm] + (", held" if held else "")
-            row = [NETWORKS[network], str(labels), str(size), name]
-            found = scratch(study, results, network, norm, size, labels, held=held)
-            if found is None or plain is None or reference is None:
-                rows.append([*row, *[NONE] * 4])
-                continue
-            ours, theirs = values(found), values(plain)
-            versus = [_share(values(reference), theirs, ours), _p(ours, theirs)]
-            if norm == "bn" and not held:
-                versus = ["", ""]
-            rows.append([*row, score(found), *versus, score(found, "test_recalibrated")])
+        reference = scratch(study, results, network, "bn", 32)
+        plain = scratch(study, results, network, "bn", size, labels)
+        for held in (False, True) if labels == 1 else (False,):
+            bn, br = (scratch(study, results, network, n, size, labels, held=held) for n in ("bn", "br"))
+            for norm, found in (("bn", bn), ("br", br)):
+                figures = [NONE] * 4
+                if found is not None and bn is not None and plain is not None and reference is not None:
+                    levels = (values(one) for one in (reference, plain, found))
+                    figures = [
+                        score(found),
+                        "" if found is plain else _share(*levels),
+                        "" if norm == "bn" else _p(values(found), values(bn)),
+                        score(found, "test_recalibrated"),
+                    ]
+                name = NAMES[norm] + (", held" if held else "")
+                rows.append([NETWORKS[network], str(labels), str(size), name, *figures])
     header = (
         "network",
         "labels",
@@ -198,7 +207,7 @@ def biased(study: Study, results: Results) -> str:
         "norm",
         "accuracy",
         "gap closed",
-        "p",
+        "p against the row above",
         "recalibrated afterwards",
     )
     return markdown(header, rows)
@@ -210,11 +219,8 @@ def controls(study: Study, results: Results) -> str:
     for norm, size, labels in CONTROLS:
         found = scratch(study, results, "plain14", norm, size, labels)
         drawn = "all" if labels == LABELS else str(labels)
-        cells = [NONE] * 2
-        if found is not None:
-            cells = [score(found, key) for key in ("test", "test_by_batch")]
-        rows.append([NAMES[norm], drawn, str(size), *cells])
-    return markdown(("normalised by", "labels", "microbatch", "accuracy", "by batch statistics"), rows)
+        rows.append([NAMES[norm], drawn, str(size), NONE if found is None else score(found)])
+    return markdown(("normalised by", "labels", "microbatch", "accuracy"), rows)
 
 
 def overfitting(study: Study, results: Results) -> str:
@@ -227,9 +233,9 @@ def overfitting(study: Study, results: Results) -> str:
             if found is None:
                 rows.append([*row, *[NONE] * 3])
                 continue
-            batch, running = values(found, "test_by_batch"), values(found)
-            gap = difference(batch, running).percent()
-            rows.append([*row, mean(batch).percent(), mean(running).percent(), gap])
+            ways = ("test_by_batch", "test_of_drawn")
+            gap = difference(*(values(found, way) for way in ways)).percent()
+            rows.append([*row, *(score(found, way) for way in ways), gap])
     header = ("labels", "microbatch", "norm", "by batch statistics", "by running statistics", "difference")
     return markdown(header, rows)
 
@@ -251,31 +257,26 @@ def cost(bench: Path | None) -> str:
     return markdown(("Batch Renorm over BatchNorm, time", machine), rows)
 
 
-def ablation(study: Study, results: Results) -> str:
-    """Finding 6."""
-    columns: dict[str, dict[str, list[str]]] = {}
-    for name in study.ablated:
+def ablation(study: Study, results: Results, part: str) -> str:
+    """Finding 6, and of finding 7 what concerns the defaults."""
+    names, variants = study.ablations[part]
+    columns: dict[str, list[list[str]]] = {variant: [] for variant in variants}
+    for name in names:
         if not study.arm(name).is_tuned(results):
             return NONE
-        base: list[float] | None = None
-        for arm, variant, runs in study.ablation(results):
-            if arm != name:
+        runs = study.ablation(name, variants, results)
+        done = {variant: [results.get(run.key()) for run in of] for variant, of in runs.items()}
+        base = done[next(iter(variants))]
+        for variant, maybe in done.items():
+            if None in maybe or None in base:
+                columns[variant].append([NONE, NONE])
                 continue
-            done = [results[run.key()] for run in runs if run.key() in results]
-            cells = columns.setdefault(variant, {})
-            if len(done) < len(runs):
-                cells[name] = [NONE, NONE]
-                continue
-            found = values(done)
-            base = base or found
-            cells[name] = [score(done), "" if found is base else _gap(found, base)]
+            found, chosen = (values(one) for one in (maybe, base))
+            columns[variant].append([score(maybe), "" if maybe is base else _gap(found, chosen)])
     header = ["variant"]
-    for name in study.ablated:
+    for name in names:
         header += [ablated_title(name), "difference (p)"]
-    rows = [
-        [variant, *(text for name in study.ablated for text in cells[name])]
-        for variant, cells in columns.items()
-    ]
+    rows = [[variant, *(text for cells in of for text in cells)] for variant, of in columns.items()]
     return markdown(header, rows)
 
 
@@ -299,10 +300,40 @@ def finetuning(study: Study, results: Results) -> str:
             found = finals(study, arm, results)
             row.append(NONE if found is None else score(found))
         rows.append(row)
+    return markdown(["", *_cells(study)], rows)
+
+
+COMPARED = (
+    ("Batch Renorm less BatchNorm", ("br", False), ("bn", False)),
+    ("the same, both recalibrated first", ("br", True), ("bn", True)),
+    ("Batch Renorm, recalibrated first, less frozen, recalibrated first", ("br", True), ("frozen", True)),
+    ("Batch Renorm, recalibrated first, less GroupNorm", ("br", True), ("gn", False)),
+    ("what recalibrating first brings to BatchNorm", ("bn", True), ("bn", False)),
+    ("to BatchNorm, frozen", ("frozen", True), ("frozen", False)),
+    ("to Batch Renorm", ("br", True), ("br", False)),
+)
+"""Of finding 7: what is taken from what."""
+
+
+def comparisons(study: Study, results: Results) -> str:
+    """Finding 7, seed by seed."""
+    rows = []
+    for title, *ways in COMPARED:
+        row = [title]
+        for network, size, labels in study.finetuned:
+            arms = [
+                study.arm(finetune_name(network, norm, size, labels, recalibrate))
+                for norm, recalibrate in ways
+            ]
+            first, second = (finals(study, arm, results) for arm in arms)
+            row.append(NONE if first is None or second is None else _gap(values(first), values(second)))
+        rows.append(row)
+    return markdown(["points (p)", *_cells(study)], rows)
+
+
+def _cells(study: Study) -> list[str]:
     drawn = {LABELS: "shuffled", 1: "one label"}
-    return markdown(
-        ["", *(f"{NETWORKS[n]}, {size}, {drawn[labels]}" for n, size, labels in study.finetuned)], rows
-    )
+    return [f"{NETWORKS[network]}, {size}, {drawn[labels]}" for network, size, labels in study.finetuned]
 
 
 def deployment(study: Study, results: Results) -> str:
@@ -333,10 +364,12 @@ def settings(study: Study, results: Results) -> str:
         if not arm.grid or not arm.is_tuned(results):
             continue
         chosen = arm.chosen(results)
+        runs = arm.tried(results)
         tried = "; ".join(
-            f"{name} {', '.join(f'{v:g}' for v in points)}" for name, points in arm.grid.items()
+            f"{name} {', '.join(f'{v:g}' for v in sorted({getattr(run, name) for run in runs}))}"
+            for name in arm.grid
         )
         best = max(arm.validated(results).values())
         picked = ", ".join(f"{name} {getattr(chosen, name):g}" for name in arm.grid)
-        rows.append([arm.name, picked, f"{100 * best:.1f}", tried])
-    return markdown(("arm", "chosen", "validation accuracy", "from"), rows)
+        rows.append([arm.name, picked, f"{100 * best:.1f}", f"{len(runs)}: {tried}"])
+    return markdown(("arm", "chosen", "validation accuracy", "tried"), rows)

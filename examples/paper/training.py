@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper.data import IMAGENET, Data, Sampler, load
+from paper.data import Data, Sampler, load
 from paper.measuring import accuracy, tested
 from paper.networks import build, for_training, without_microbatches
 from paper.settings import MOVING, RENORM, Run
 from renormify import ConstantSchedule, PaperSchedule, RenormScheduler, freeze_stats, recalibrate
+from renormify.errors import InputError
 
 WARM_UP = 20
 PIXELS = 64  # of what the pretrained networks are given
+# Mean and standard deviation that each is used to, grey.
+SCALES = {"efficientnet_lite0": (0.498, 0.502), "mobilenet_v2": (0.449, 0.226)}
 
 # While a run goes on: the steps between two points of accuracy, each on so many validation images.
 CURVE = {"plain": (20, 1_000), "pretrained": (40, 500)}
@@ -38,7 +41,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    data = _data(folder, _kind(run))
+    data = _data(folder, run.network)
     model = build(run)
     if run.recalibrate:
         model.load_state_dict(_statistics(run, model, data), strict=False)
@@ -58,9 +61,11 @@ def _kind(run: Run) -> str:
     return "plain" if run.from_scratch else "pretrained"
 
 
-@functools.lru_cache(maxsize=2)
-def _data(folder: Path, kind: str) -> Data:
-    return load(folder) if kind == "plain" else load(folder, size=PIXELS, channels=3, scale=IMAGENET)
+@functools.lru_cache(maxsize=3)
+def _data(folder: Path, network: str) -> Data:
+    if network in SCALES:
+        return load(folder, size=PIXELS, channels=3, scale=SCALES[network])
+    return load(folder)
 
 
 def _unlabelled(run: Run, data: Data) -> list[Tensor]:
@@ -91,8 +96,12 @@ def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
     for step in range(1, run.steps + 1):
-        if step == run.held * run.steps + 1:
-            hold(model, _unlabelled(run, data))
+        if step == round(run.held * run.steps) + 1:
+            try:
+                hold(model, _unlabelled(run, data))
+            except InputError:  # it has diverged
+                losses.append(math.nan)
+                break
         model.train()
         images, labels = data.train.at(sampler.step(run.batch))
         loss = F.cross_entropy(model(images), labels)
