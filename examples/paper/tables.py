@@ -250,9 +250,9 @@ def cost(bench: Path | None) -> str:
         for row in measured["models"]
     ]
     for row in measured["layers"]:
-        if row["dtype"] == "float32" and row["layout"] == "contiguous":
-            shape = "x".join(map(str, row["shape"]))
-            rows.append([f"the layer alone, forward and backward, {shape}", f"{row['train']['ours']:.2f}"])
+        shape, layout = "x".join(map(str, row["shape"])), row["layout"].replace("_", " ")
+        what = f"the layer alone, forward and backward, {row['dtype']}, {shape}, {layout}"
+        rows.append([what, f"{row['train']['ours']:.2f}"])
     machine = f"{measured['machine']}, torch {measured['torch']}"
     return markdown(("Batch Renorm over BatchNorm, time", machine), rows)
 
