@@ -368,13 +368,13 @@ FULL = Study(
 )
 
 QUICK = Study(
-    main=_scratch(replace(SCRATCH, steps=40, test=2_000), tuned=False),
+    main=_scratch(replace(SCRATCH, steps=30, test=1_000), tuned=False),
     ablations={
         "ablation": (ABLATED[1:2], {name: VARIANTS[name] for name in ("as chosen", "no ramp")}),
         "defaults": (FOR_DEFAULTS[:1], {name: DEFAULTS[name] for name in ("as chosen", "momentum 0.003")}),
     },
     finetuned=SEARCHED[:2],
-    finetuning=_finetune(replace(FINETUNE, steps=10, test=500), SEARCHED[:2], tuned=False),
+    finetuning=_finetune(replace(FINETUNE, steps=6, test=250), SEARCHED[:2], tuned=False),
     seeds=1,
     few_seeds=1,
 )

@@ -72,12 +72,12 @@ def _unlabelled(run: Run, data: Data) -> list[Tensor]:
     return list(data.train.at(slice(COUNTED[_kind(run)]))[0].split(64))
 
 
-_counted: dict[tuple[str, str], dict[str, Tensor]] = {}
+_counted: dict[tuple[str, bool], dict[str, Tensor]] = {}
 
 
 def _statistics(run: Run, model: nn.Module, data: Data) -> dict[str, Tensor]:
     """The model's running statistics counted anew; those of a pretrained one are the same in every run."""
-    key = (run.network, run.norm)
+    key = (run.network, run.norm == "br")  # whose variance is the biased one
     if run.from_scratch or key not in _counted:
         recalibrate(model, _unlabelled(run, data))
         _counted[key] = {
