@@ -262,7 +262,7 @@ themselves felt in the gradient alone of "pooled"; of "constant" in nothing but 
 
 SCRATCH_RANGES = {
     "lr": (0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2),
-    "momentum": (0.01, 0.03, 0.1, 0.3),
+    "momentum": (0.01, 0.03, 0.1, 0.3, 1.0),
     "held": (0.25, 0.5, 0.75),
 }
 SCRATCH_GRID = {"lr": (0.0125, 0.025, 0.05, 0.1), "momentum": (0.1, 0.03)}
