@@ -326,7 +326,7 @@ def _arm(
     ranges: Mapping[str, Sequence[float]],
     again: int = 0,
 ) -> Arm:
-    return Arm(name, base, grid, {field: ranges[field] for field in grid}, again)
+    return Arm(name, base, grid, {key: ranges[key] for key in grid}, again)
 
 
 def _finetune(run: Run, cells: Sequence[tuple[str, int, int]], tuned: bool) -> tuple[Arm, ...]:
