@@ -24,8 +24,8 @@ PIXELS = 64  # of what the pretrained networks are given
 # Mean and standard deviation that each is used to, grey.
 SCALES = {"efficientnet_lite0": (0.498, 0.502), "mobilenet_v2": (0.449, 0.226)}
 
-# While a run goes on: the steps between two points of accuracy, each on so many validation images.
-CURVE = {"plain": (20, 1_000), "pretrained": (40, 500)}
+# While training from scratch goes on: the steps between two points of accuracy, and their validation images.
+EVERY, WATCHED = 20, 1_000
 # Unlabelled images that statistics are counted on, in batches of 64.
 COUNTED = {"plain": 2_048, "pretrained": 256}
 
@@ -34,10 +34,10 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     """Does a run.
 
     Returns:
-        ``curve``, pairs of step and accuracy on some validation images; ``validation``, the final accuracy on
-        validation images, 5,000 or, where a pretrained network's settings are chosen, 1,000; ``train_loss``,
-        the mean of the last twentieth; ``diverged``; ``seconds``; and what :func:`measuring.tested` finds.
-        Accuracies are fractions.
+        ``validation``, the final accuracy on validation images, 5,000 or, where a pretrained network's
+        settings are chosen, 1,000; ``curve``, pairs of step and accuracy on some of them, of what is trained
+        from scratch; ``train_loss``, the mean of the last twentieth; ``diverged``; ``seconds``; and what
+        :func:`measuring.tested` finds. Accuracies are fractions.
     """
     torch.set_num_threads(1)
     begin = time.perf_counter()
@@ -91,8 +91,7 @@ def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
     optimizer = _optimizer(model, run)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, run.steps))
     limits = RenormScheduler(model, _schedule(run)) if run.norm in RENORM else None
-    every, number = CURVE[_kind(run)]
-    watched = data.validation.first(number)
+    watched = data.validation.first(WATCHED)
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
     for step in range(1, run.steps + 1):
@@ -114,7 +113,7 @@ def _train(model: nn.Module, run: Run, data: Data) -> dict[str, Any]:
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-        if step % every == 0 or step == run.steps:
+        if run.from_scratch and (step % EVERY == 0 or step == run.steps):
             curve.append((step, accuracy(model, watched)))
     last = losses[-max(1, run.steps // 20) :]
     return {"curve": curve, "train_loss": sum(last) / len(last), "diverged": not math.isfinite(losses[-1])}
