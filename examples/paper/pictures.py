@@ -137,7 +137,7 @@ def ablation(study: Study, results: Results) -> Figure | None:
     runs = {name: study.ablation(name, variants, results) for name in names}
     if any(run.key() not in results for of in runs.values() for one in of.values() for run in one):
         return None
-    figure, axes = _figure(9, 3.6, len(names))
+    figure, axes = _figure(11, 3.6, len(names))
     for name, axis in zip(names, axes, strict=True):
         accuracies = [[results[run.key()]["test"] for run in one] for one in runs[name].values()]
         points = [difference(found, accuracies[0]) for found in accuracies]

@@ -349,6 +349,7 @@ def _finetune(run: Run, cells: Sequence[tuple[str, int, int]], tuned: bool) -> t
 
 
 ABLATED = (
+    scratch_name("plain20", "br", 32),
     scratch_name("plain20", "br", 2),
     scratch_name("plain14", "br", 8, 2),
     scratch_name("plain14", "br", 8, 1),
@@ -370,7 +371,7 @@ FULL = Study(
 QUICK = Study(
     main=_scratch(replace(SCRATCH, steps=30, test=1_000), tuned=False),
     ablations={
-        "ablation": (ABLATED[1:2], {name: VARIANTS[name] for name in ("as chosen", "no ramp")}),
+        "ablation": (ABLATED[2:3], {name: VARIANTS[name] for name in ("as chosen", "no ramp")}),
         "defaults": (FOR_DEFAULTS[:1], {name: DEFAULTS[name] for name in ("as chosen", "momentum 0.003")}),
     },
     finetuned=SEARCHED[:2],
