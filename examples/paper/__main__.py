@@ -84,16 +84,8 @@ def phases(study: Study, part: str, records: Records) -> Iterator[tuple[str, lis
 
 
 def _choosing(of: str, arms: Sequence[Arm], records: Records) -> Iterator[tuple[str, list[Run]]]:
-    def due() -> list[Run]:
-        tried = (run for arm in arms for run in arm.tried(records.results))
-        return [run for run in tried if run.key() not in records.results]
-
-    while runs := due():
+    while runs := [run for arm in arms for run in arm.due(records.results)]:
         yield f"settings of {of}", runs
-    yield (
-        f"settings of {of}, the best again",
-        [run for arm in arms for run in arm.tried_again(records.results)],
-    )
 
 
 def _do(

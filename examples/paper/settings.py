@@ -83,6 +83,10 @@ class Run:
         return cls(**values)
 
 
+def _missing(runs: Sequence[Run], results: Results) -> list[Run]:
+    return [run for run in runs if run.key() not in results]
+
+
 @dataclass(frozen=True)
 class Arm:
     """What is compared: runs that differ in their seed alone, and the settings to choose for them.
@@ -93,7 +97,8 @@ class Arm:
         grid: values of fields of :class:`Run`, each combination of which is tried on the validation images.
         ranges: the values that a field of the grid may take, in order. The best so far has its neighbours
             tried too, until none is better, so that no choice is one that the grid's edge has made.
-        again: how many of the best are tried again, with each further seed; 0 for none.
+        again: how many of the best are tried again, with each further seed; 0 for none. What is then the best
+            has its neighbours tried too.
         like: an arm whose choice this one takes over.
     """
 
@@ -106,46 +111,58 @@ class Arm:
 
     def tried(self, results: Results) -> list[Run]:
         """Each combination, once, and the neighbours that the results lead to, as far as these go."""
-        runs: list[Run] = []
-        new = list(self._grid()) if self.grid else []
-        while new:
+        runs = list(self._grid()) if self.grid else []
+        while new := self._led_to(runs, results):
             runs += new
-            if any(run.key() not in results for run in runs):
-                break
-            best = max(runs, key=lambda run: results[run.key()]["validation"])
-            new = [run for run in self._neighbours(best) if run not in runs]
         return runs
 
     def _grid(self) -> Iterator[Run]:
         for point in itertools.product(*self.grid.values()):
             yield replace(self.base, **dict(zip(self.grid, point, strict=True)), seed=TUNING_SEEDS[0], test=0)
 
-    def _neighbours(self, run: Run) -> Iterator[Run]:
+    def _led_to(self, runs: Sequence[Run], results: Results) -> list[Run]:
+        """What is to be tried beside the best of some runs, and then beside the best with all seeds."""
+        if not runs or _missing(runs, results):
+            return []
+        best = self._best(runs, results)
+        new = self._neighbours(best[0], runs)
+        if not new and not _missing(self._again(best), results):
+            new = self._neighbours(max(best, key=lambda run: self._mean(run, results)), runs)
+        return new
+
+    def _neighbours(self, run: Run, tried: Sequence[Run]) -> list[Run]:
+        found = []
         for name, values in self.ranges.items():
             at = values.index(getattr(run, name))
             for value in (*values[max(0, at - 1) : at], *values[at + 1 : at + 2]):
-                yield replace(run, **{name: value})
+                found.append(replace(run, **{name: value}))
+        return [run for run in found if run not in tried]
 
-    def contenders(self, results: Results) -> list[Run]:
-        """Those that the choice is between: the best of what was tried, or all."""
-        best = sorted(self.tried(results), key=lambda run: -results[run.key()]["validation"])
-        return best[: self.again or None]
+    def _best(self, runs: Sequence[Run], results: Results) -> list[Run]:
+        """Those that the choice is between, by one seed: the best, or all."""
+        return sorted(runs, key=lambda run: -results[run.key()]["validation"])[: self.again or None]
 
-    def seeds(self) -> tuple[int, ...]:
-        """With which each contender is tried."""
-        return TUNING_SEEDS if self.again else TUNING_SEEDS[:1]
+    def _again(self, runs: Sequence[Run]) -> list[Run]:
+        """The same, with the further seeds."""
+        seeds = TUNING_SEEDS[1:] if self.again else ()
+        return [replace(run, seed=seed) for run in runs for seed in seeds]
 
-    def tried_again(self, results: Results) -> list[Run]:
-        """The contenders, with the further seeds."""
-        return [replace(run, seed=seed) for run in self.contenders(results) for seed in self.seeds()[1:]]
+    def _mean(self, run: Run, results: Results) -> float:
+        """Its validation accuracy over all seeds that it is tried with."""
+        return statistics.fmean(results[each.key()]["validation"] for each in (run, *self._again([run])))
+
+    def due(self, results: Results) -> list[Run]:
+        """What is to be run next, for a choice to be made; nothing where it is made."""
+        tried = self.tried(results)
+        return _missing(tried, results) or _missing(self._again(self._best(tried, results)), results)
 
     def is_tuned(self, results: Results) -> bool:
         """Whether all is there that the choice is made from."""
-        if self.like:
-            return self.like.is_tuned(results)
-        return all(run.key() in results for run in self.tried(results)) and all(
-            run.key() in results for run in self.tried_again(results)
-        )
+        return not (self.like or self).due(results)
+
+    def validated(self, results: Results) -> dict[Run, float]:
+        """Those that the choice is between, each with its mean accuracy over the seeds."""
+        return {run: self._mean(run, results) for run in self._best(self.tried(results), results)}
 
     def chosen(self, results: Results) -> Run:
         """The combination with the best validation accuracy, the first among equals."""
@@ -155,15 +172,6 @@ class Arm:
         found = self.validated(results)
         best = max(found, key=lambda run: found[run]) if found else self.base
         return replace(self.base, **{name: getattr(best, name) for name in self.grid})
-
-    def validated(self, results: Results) -> dict[Run, float]:
-        """The contenders, each with its mean accuracy over the seeds."""
-        return {
-            run: statistics.fmean(
-                results[replace(run, seed=seed).key()]["validation"] for seed in self.seeds()
-            )
-            for run in self.contenders(results)
-        }
 
     def finals(self, results: Results, seeds: int) -> list[Run]:
         """The runs whose test accuracy is reported."""

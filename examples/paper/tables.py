@@ -194,7 +194,7 @@ def biased(study: Study, results: Results) -> str:
                     levels = (values(one) for one in (reference, plain, found))
                     figures = [
                         score(found),
-                        "" if found is plain else _share(*levels),
+                        "" if (norm, held) == ("bn", False) else _share(*levels),
                         "" if norm == "bn" else _p(values(found), values(bn)),
                         score(found, "test_recalibrated"),
                     ]
