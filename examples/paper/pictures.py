@@ -92,9 +92,9 @@ def microbatch(study: Study, results: Results) -> Figure | None:
             right.plot(steps, heights, line, color=COLOURS[norm], label=f"{NAMES[norm]}, {size}")
     left.set_xticks(range(len(SIZES)), [str(size) for size in SIZES])
     left.set(xlabel="microbatch", ylabel="test accuracy, %")
-    right.set(xlabel="step", ylabel="validation accuracy, %", ylim=(60, None))
+    right.set(xlabel="step", ylabel="validation accuracy, %", ylim=(40, None))
     left.legend()
-    right.legend()
+    right.legend(loc="lower right")
     return figure
 
 
@@ -125,7 +125,7 @@ def biased(study: Study, results: Results) -> Figure | None:
             )
         axis.set_xticks([place + 0.18 for place in range(len(drawn))], ["all labels", "2 labels", "1 label"])
         axis.set(title=NAMES[norm], ylabel="test accuracy, %", ylim=(0, 100))
-        axis.legend(loc="lower left")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     return figure
 
 
