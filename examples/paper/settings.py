@@ -127,7 +127,8 @@ class Arm:
         best = self._best(runs, results)
         new = self._neighbours(best[0], runs)
         if not new and not _missing(self._again(best), results):
-            new = self._neighbours(max(best, key=lambda run: self._mean(run, results)), runs)
+            means = self._means(runs, results)
+            new = self._neighbours(max(means, key=lambda run: means[run]), runs)
         return new
 
     def _neighbours(self, run: Run, tried: Sequence[Run]) -> list[Run]:
@@ -139,7 +140,7 @@ class Arm:
         return [run for run in found if run not in tried]
 
     def _best(self, runs: Sequence[Run], results: Results) -> list[Run]:
-        """Those that the choice is between, by one seed: the best, or all."""
+        """By one seed, those that are worth further ones, or all."""
         return sorted(runs, key=lambda run: -results[run.key()]["validation"])[: self.again or None]
 
     def _again(self, runs: Sequence[Run]) -> list[Run]:
@@ -147,9 +148,14 @@ class Arm:
         seeds = TUNING_SEEDS[1:] if self.again else ()
         return [replace(run, seed=seed) for run in runs for seed in seeds]
 
-    def _mean(self, run: Run, results: Results) -> float:
-        """Its validation accuracy over all seeds that it is tried with."""
-        return statistics.fmean(results[each.key()]["validation"] for each in (run, *self._again([run])))
+    def _means(self, runs: Sequence[Run], results: Results) -> dict[Run, float]:
+        """The validation accuracy over all seeds, of those that have been among the best at some time."""
+        seeds = {run: [run, *self._again([run])] for run in runs}
+        return {
+            run: statistics.fmean(results[each.key()]["validation"] for each in of)
+            for run, of in seeds.items()
+            if not _missing(of, results)
+        }
 
     def due(self, results: Results) -> list[Run]:
         """What is to be run next, for a choice to be made; nothing where it is made."""
@@ -162,7 +168,7 @@ class Arm:
 
     def validated(self, results: Results) -> dict[Run, float]:
         """Those that the choice is between, each with its mean accuracy over the seeds."""
-        return {run: self._mean(run, results) for run in self._best(self.tried(results), results)}
+        return self._means(self.tried(results), results)
 
     def chosen(self, results: Results) -> Run:
         """The combination with the best validation accuracy, the first among equals."""
