@@ -26,7 +26,11 @@ FLOAT_NOISE = 1e-5
 
 def accuracy(model: nn.Module, images: Images) -> float:
     """In evaluation mode, a fraction."""
-    return float((logits(model, images).argmax(1) == images.labels).float().mean())
+    return _right(logits(model, images), images)
+
+
+def _right(found: Tensor, images: Images) -> float:
+    return float((found.argmax(1) == images.labels).float().mean())
 
 
 @torch.no_grad()
@@ -47,12 +51,13 @@ def tested(model: nn.Module, run: Run, test: Images, unlabelled: list[Tensor]) -
         training images, or as they are where training diverged; with seed 0 ``onnx``, how the exported file
         classifies.
     """
-    result: dict[str, Any] = {"test": accuracy(model, test)}
+    expected = logits(model, test)
+    result: dict[str, Any] = {"test": _right(expected, test)}
     if run.from_scratch:
         result |= _by_batch(model, run, test)
         result["test_recalibrated"] = _recalibrated(model, test, unlabelled)
     if run.seed == 0 and _is_finite(model):
-        result["onnx"] = _exported(model, test)
+        result["onnx"] = _exported(model, test, expected)
     return result
 
 
@@ -82,15 +87,13 @@ def _recalibrated(model: nn.Module, test: Images, unlabelled: list[Tensor]) -> f
     return accuracy(plain, test)
 
 
-def _exported(model: nn.Module, test: Images) -> dict[str, Any]:
-    """How many test images the exported file puts where torch does, and how the others are explained."""
+def _exported(model: nn.Module, test: Images, expected: Tensor) -> dict[str, Any]:
+    """How many test images the exported file puts where torch does, and why the others differ."""
     import onnxruntime
 
-    plain = for_deployment(model)
-    expected = logits(plain, test)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export_onnx(plain, (test.at(slice(2))[0],), path)
+        export_onnx(for_deployment(model), (test.at(slice(2))[0],), path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
