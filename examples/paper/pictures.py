@@ -15,6 +15,7 @@ from paper.settings import ARMS, LABELS, SIZES, Study, finetune_name
 from paper.tables import NAMES, NETWORKS, Results, ablated_title, finals, scratch, values
 
 COLOURS = {"bn": "#b5443c", "br": "#2f6db3", "frozen": "#8a8a8a", "gn": "#c79a2a"}
+SHIFTS = (-50, -10, -2, 0, 2, 10)  # marked on the axis of the ablation, which is linear to 5
 STYLE = {
     "svg.hashsalt": "renormify",
     "svg.fonttype": "none",
@@ -152,7 +153,10 @@ def ablation(study: Study, results: Results) -> Figure | None:
         )
         axis.set_yticks(places, list(variants) if axis is axes[0] else [""] * len(points))
         axis.axvline(0, color="#555555", linewidth=0.8)
-        axis.set(title=ablated_title(name), xlabel="points of accuracy")
+        axis.set_xscale("symlog", linthresh=5)
+        axis.set_xticks(SHIFTS, [f"{shift:+d}" if shift else "0" for shift in SHIFTS])
+        axis.minorticks_off()
+        axis.set(title=ablated_title(name).replace(", ", "\n", 1), xlabel="points of accuracy")
     return figure
 
 
