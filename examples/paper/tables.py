@@ -126,10 +126,12 @@ def microbatch(study: Study, results: Results) -> str:
         reference = scratch(study, results, network, "bn", 32)
         for size in SIZES:
             bn, br = (scratch(study, results, network, norm, size) for norm in ("bn", "br"))
-            cells = [NONE] * 6
+            cells = [NONE] * 8
             if bn is not None and br is not None and reference is not None:
                 closed = "" if size == 32 else _share(*(values(found) for found in (reference, bn, br)))
+                counted = values(bn, "test_recalibrated")
                 cells = [*_compared(bn, br), closed, _faster(bn, br)]
+                cells += [score(bn, "test_recalibrated"), _gap(values(br), counted)]
             rows.append([NETWORKS[network], str(size), *cells])
     header = (
         "network",
@@ -140,6 +142,8 @@ def microbatch(study: Study, results: Results) -> str:
         "p",
         "gap closed",
         "steps to BatchNorm's end",
+        "BatchNorm, recalibrated afterwards",
+        "Batch Renorm less that (p)",
     )
     return markdown(header, rows)
 
