@@ -210,7 +210,8 @@ def test_tables_of_made_up_results():
             if run.seed and run.norm == "bn" and run.microbatch == 2:
                 test -= 0.002
             curve = [(100, test - 0.05), (200, test - 0.01)]
-            results[run.key()] = {"test": test, "test_recalibrated": test, "curve": curve, "diverged": False}
+            found = {"test": test, "test_recalibrated": test - 0.03, "curve": curve, "diverged": False}
+            results[run.key()] = found
     lines = tables.microbatch(study, results).splitlines()
     one_label = tables.biased(study, results).splitlines()[-4:]
     assert [line.split("|")[4].strip() for line in one_label] == [
@@ -219,9 +220,9 @@ def test_tables_of_made_up_results():
         "BatchNorm, held",
         "Batch Renorm, held",
     ]
-    assert (
-        lines[4]
-        == "| 20 layers | 2 | 80.4 ± 5.1 | 86.5 ± 6.4 | 6.1 ± 1.3 | 0.010 | 60 % (55 to 65) | 200 / 100 |"
+    assert lines[4] == (
+        "| 20 layers | 2 | 80.4 ± 5.1 | 86.5 ± 6.4 | 6.1 ± 1.3 | 0.010 | 60 % (55 to 65) | 200 / 100 "
+        "| 77.4 ± 5.1 | +9.1 (0.007) |"
     )
     assert "| 20 layers | 4 |" in lines[3]
     assert "50 %" in lines[3]
