@@ -264,6 +264,7 @@ def test_the_choice_is_the_best_on_validation_images():
     assert all(run.test == 0 and run.seed > 4 for run in arm.tried(results))
     assert arm.is_tuned(results)
     twice = replace(arm, again=2)
+    assert not twice.is_tuned(results)
     again = twice.due(results)
     assert [(run.lr, run.momentum) for run in again[::2]] == [(0.2, 0.1), (0.1, 0.1)]
     results |= {run.key(): {"validation": 0.01 if run.lr == 0.2 else 0.014} for run in again}
@@ -292,9 +293,7 @@ def test_what_is_best_with_all_seeds_has_its_neighbours_tried_too():
     results = validated(arm, lambda run: by_seed[run.lr][run.seed > 1000])
     assert [run.lr for run in arm.tried(results)] == [0.02, 0.04, 0.01, 0.08, 0.16]
     assert arm.chosen(results).lr == 0.08
-    assert (
-        len(results) == 5 + 2 * 3
-    )  # the three that were among the best two at some time, with two seeds more
+    assert len(results) == 5 + 2 * 3  # two seeds more for each of the three that were among the best two
 
 
 def made_up_data(folder):
