@@ -296,6 +296,15 @@ def test_what_is_best_with_all_seeds_has_its_neighbours_tried_too():
     assert len(results) == 5 + 2 * 3  # two seeds more for each of the three that were among the best two
 
 
+def test_further_seeds_go_to_two_learning_rates_at_least():
+    """Momentum makes hardly a difference, and by the first seed the worse learning rate leads."""
+    arm = Arm("a", SCRATCH, {"lr": (0.02, 0.04), "momentum": (0.1, 0.3)}, again=2)
+    by_seed = {0.02: (5, 2), 0.04: (4, 4)}
+    results = validated(arm, lambda run: by_seed[run.lr][run.seed > 1000] + run.momentum / 100)
+    assert (arm.chosen(results).lr, arm.chosen(results).momentum) == (0.04, 0.3)
+    assert len(results) == 4 + 2 * 3
+
+
 def made_up_data(folder):
     """Four small files like Fashion-MNIST's, with labels that can be seen in the images."""
     generator = np.random.default_rng(0)

@@ -97,8 +97,8 @@ class Arm:
         grid: values of fields of :class:`Run`, each combination of which is tried on the validation images.
         ranges: the values that a field of the grid may take, in order. The best so far has its neighbours
             tried too, until none is better, so that no choice is one that the grid's edge has made.
-        again: how many of the best are tried again, with each further seed; 0 for none. What is then the best
-            has its neighbours tried too.
+        again: how many of the best are tried again, with each further seed, two learning rates at least; 0
+            for none. What is then the best has its neighbours tried too.
         like: an arm whose choice this one takes over.
     """
 
@@ -140,8 +140,17 @@ class Arm:
         return [run for run in found if run not in tried]
 
     def _best(self, runs: Sequence[Run], results: Results) -> list[Run]:
-        """By one seed, those that are worth further ones, or all."""
-        return sorted(runs, key=lambda run: -results[run.key()]["validation"])[: self.again or None]
+        """By one seed, those that are worth further ones, or all.
+
+        Where these differ in momentum alone, which never touches how BatchNorm trains, the best with another
+        learning rate or share held is one of them.
+        """
+        ranked = sorted(runs, key=lambda run: -results[run.key()]["validation"])
+        best = ranked[: self.again or None]
+        trained = {(run.lr, run.held) for run in best}
+        if len(trained) == 1:
+            best += [run for run in ranked if (run.lr, run.held) not in trained][:1]
+        return best
 
     def _again(self, runs: Sequence[Run]) -> list[Run]:
         """The same, with the further seeds."""
@@ -277,7 +286,7 @@ themselves felt in the gradient alone of "pooled"; of "constant" in nothing but 
 SCRATCH_RANGES = {
     "lr": (0.0015625, 0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2),
     "momentum": (0.01, 0.03, 0.1, 0.3, 1.0),
-    "held": (0.125, 0.25, 0.5, 0.75),
+    "held": (0.0, 0.0625, 0.125, 0.25, 0.5, 0.75),
 }
 SCRATCH_GRID = {"lr": (0.0125, 0.025, 0.05, 0.1), "momentum": (0.1, 0.03)}
 HELD_GRID = {"lr": (0.0125, 0.025, 0.05, 0.1), "momentum": (0.1,), "held": (0.5, 0.75)}
