@@ -284,7 +284,7 @@ CONTROLS = (("pooled", 8, LABELS), ("pooled", 8, 1), ("constant", 8, LABELS), ("
 themselves felt in the gradient alone of "pooled"; of "constant" in nothing but which images a step has."""
 
 SCRATCH_RANGES = {
-    "lr": (0.0015625, 0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2),
+    "lr": (0.000390625, 0.00078125, 0.0015625, 0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2),
     "momentum": (0.01, 0.03, 0.1, 0.3, 1.0),
     "held": (0.0, 0.0625, 0.125, 0.25, 0.5, 0.75),
 }
