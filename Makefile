@@ -23,7 +23,7 @@ test: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --numprocesses=2
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 # The property test of folding on as many graphs as one has patience for.
 fold-properties: $(VENV)/.dev-installed

@@ -57,14 +57,22 @@ def test_demo_says_where_it_cannot_write(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_demo_takes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "run", partial(demo.run, steps=4))
+def test_demo_takes_json_and_writes_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("renorm.safetensors", "model.onnx", "report.html", "result.json")
     output = tmp_path / "out"
+    output.mkdir()
+    for name in names:
+        (tmp_path / name).write_text("kept")
+        (output / name).symlink_to(tmp_path / name)
+    monkeypatch.setattr(demo, "run", partial(demo.run, steps=4))
     result = CliRunner().invoke(app, ["demo", "-o", str(output), "--json"])
     assert result.exit_code == 0, result.output
     assert result.stdout == (output / "result.json").read_text()
     assert json.loads(result.stdout)["parity_passed"] is True
     assert result.stderr == ""
+    for name in names:
+        assert (tmp_path / name).read_text() == "kept"
+        assert not (output / name).is_symlink()
 
 
 def test_demo_keeps_no_onnx_file_that_fails_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,19 +102,6 @@ def test_demo_looks_at_its_files_before_it_trains(
     with pytest.raises(OutputError, match="it is a folder"):
         demo.run(tmp_path, Console(file=io.StringIO()), steps=4)
     assert [file.name for file in tmp_path.iterdir()] == [name]
-
-
-def test_demo_writes_through_no_link(tmp_path: Path) -> None:
-    names = ("renorm.safetensors", "model.onnx", "report.html", "result.json")
-    output = tmp_path / "out"
-    output.mkdir()
-    for name in names:
-        (tmp_path / name).write_text("kept")
-        (output / name).symlink_to(tmp_path / name)
-    demo.run(output, Console(file=io.StringIO()), steps=4)
-    for name in names:
-        assert (tmp_path / name).read_text() == "kept"
-        assert not (output / name).is_symlink()
 
 
 @pytest.mark.parametrize("package", ["sklearn.datasets", "efficientnet_lite_pytorch", "jinja2"])
