@@ -31,6 +31,7 @@ fold-properties: $(VENV)/.dev-installed
 
 bench: $(VENV)/.bench-installed
 	$(BIN)/python tests/bench/bench_layers.py
+	$(BIN)/python tests/bench/bench_start.py
 
 bench-onnx: $(VENV)/.bench-installed
 	$(BIN)/python tests/bench/bench_onnx.py

@@ -6,7 +6,6 @@ import copy
 import gc
 import random
 import threading
-import time
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -213,7 +212,7 @@ def test_shared_traces_keep_no_model_alive() -> None:
     assert gone() is None
 
 
-def test_conversion_in_place_takes_little_memory_and_time() -> None:
+def test_conversion_in_place_takes_little_memory() -> None:
     convert(timm.create_model("efficientnet_lite0"), inplace=True)  # imports and first uses
     model = timm.create_model("efficientnet_b0")
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -223,10 +222,6 @@ def test_conversion_in_place_takes_little_memory_and_time() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 0.04 * size
-    model = timm.create_model("efficientnet_b0")
-    begin = time.process_time()
-    convert(model, inplace=True)
-    assert time.process_time() - begin < 0.5
 
 
 # ------------------------------------------------------------------------------------- other threads go on
