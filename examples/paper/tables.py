@@ -27,7 +27,7 @@ from paper.settings import (
 NAMES = {
     "bn": "BatchNorm",
     "br": "Batch Renorm",
-    "pooled": "statistics of all images of a step",
+    "pooled": "running averages over all images of a step",
     "constant": "the same, constant in the gradient",
     "frozen": "BatchNorm, frozen",
     "gn": "GroupNorm",
