@@ -228,6 +228,36 @@ def test_tables_of_made_up_results():
     assert "50 %" in lines[3]
 
 
+def test_tables_of_made_up_fine_tuning():
+    """Recalibrated afterwards is of the same runs; frozen statistics are counted first or not at all."""
+    results, seeds = {}, 3
+    study = replace(FULL, finetuning=tuple(replace(arm, grid={}, like=None) for arm in FULL.finetuning))
+    for arm in study.finetuning:
+        level = {"bn": 0.4, "br": 0.7, "frozen": 0.6, "gn": 0.5}[arm.base.norm] + 0.1 * arm.base.recalibrate
+        for run in arm.finals({}, seeds):
+            results[run.key()] = {"test": level + 0.01 * run.seed, "diverged": False}
+            if run.norm in ("bn", "br") and not run.recalibrate:
+                results[run.key()]["test_recalibrated"] = level + 0.05 + 0.02 * run.seed
+    rows = [line.split(" | ") for line in tables.finetuning(study, results).splitlines()[2:]]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("| BatchNorm", "41.0 ± 2.5"),
+        ("| BatchNorm, recalibrated afterwards", "47.0 ± 5.0"),
+        ("| BatchNorm, recalibrated first", "51.0 ± 2.5"),
+        ("| BatchNorm, frozen", "61.0 ± 2.5"),
+        ("| BatchNorm, frozen, recalibrated first", "71.0 ± 2.5"),
+        ("| GroupNorm", "51.0 ± 2.5"),
+        ("| Batch Renorm", "71.0 ± 2.5"),
+        ("| Batch Renorm, recalibrated afterwards", "77.0 ± 5.0"),
+        ("| Batch Renorm, recalibrated first", "81.0 ± 2.5"),
+    ]
+    compared = [line.split(" | ")[:2] for line in tables.comparisons(study, results).splitlines()[2:]]
+    assert compared[0] == ["| Batch Renorm less BatchNorm", "+30.0"]  # no spread: no p
+    assert compared[2] == ["| Batch Renorm less BatchNorm recalibrated afterwards", "+24.0 (< 0.001)"]
+    assert compared[3] == ["| Batch Renorm less frozen", "+10.0"]
+    del results[next(key for key in results if '"bn"' in key)]
+    assert tables.finetuning(study, results).splitlines()[2].split(" | ")[1] == "to be run"
+
+
 def test_a_text_keeps_what_is_around_its_tables():
     once = tables.fill("# Title\n\n<!-- a -->old<!-- end of a -->\n\nwords\n", {"a": "new \\1"})
     assert once == "# Title\n\n<!-- a -->\n\nnew \\1\n\n<!-- end of a -->\n\nwords\n"

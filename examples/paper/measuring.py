@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from paper.data import Images, Sampler
 from paper.networks import for_deployment
-from paper.settings import Run
+from paper.settings import MOVING, Run
 from renormify import recalibrate
 from renormify.errors import InputError
 from renormify.onnx import export_onnx
@@ -46,15 +46,16 @@ def tested(model: nn.Module, run: Run, test: Images, unlabelled: list[Tensor]) -
 
     Returns:
         ``test``, the accuracy in evaluation mode; of what was trained from scratch also ``test_by_batch``,
-        with every microbatch normalised as in training, drawn from as many labels, ``test_of_drawn``, of the
-        same images in evaluation mode, and ``test_recalibrated``, with running statistics counted anew on
-        training images, or as they are where training diverged; with seed 0 ``onnx``, how the exported file
-        classifies.
+        with every microbatch normalised as in training, drawn from as many labels, and ``test_of_drawn``, of
+        the same images in evaluation mode; where running statistics move and were not counted first
+        ``test_recalibrated``, with these counted anew on training images, or as they are where training
+        diverged; with seed 0 ``onnx``, how the exported file classifies.
     """
     expected = logits(model, test)
     result: dict[str, Any] = {"test": _right(expected, test)}
     if run.from_scratch:
         result |= _by_batch(model, run, test)
+    if run.norm in MOVING and not run.recalibrate:
         result["test_recalibrated"] = _recalibrated(model, test, unlabelled)
     if run.seed == 0 and _is_finite(model):
         result["onnx"] = _exported(model, test, expected)

@@ -16,6 +16,7 @@ from paper.settings import (
     CELLS,
     CONTROLS,
     LABELS,
+    MOVING,
     SIZES,
     Arm,
     Results,
@@ -294,27 +295,48 @@ def _gap(found: Sequence[float], base: Sequence[float]) -> str:
     return f"{100 * difference(found, base).value:+.1f}" + (f" ({p})" if p else "")
 
 
+Way = tuple[str, bool, str]
+"""To fine-tune and to test: a norm, whether its statistics are counted first, and what of the result."""
+
+AS_IS, AFTERWARDS = "test", "test_recalibrated"
+
+
+def _ways() -> dict[str, Way]:
+    """Each by its title, in order."""
+    ways: dict[str, Way] = {}
+    for norm, first in ARMS:
+        ways[NAMES[norm] + (", recalibrated first" if first else "")] = (norm, first, AS_IS)
+        if norm in MOVING and not first:
+            ways[NAMES[norm] + ", recalibrated afterwards"] = (norm, first, AFTERWARDS)
+    return ways
+
+
+def _finetuned(study: Study, results: Results, cell: tuple[str, int, int], way: Way) -> list[Result] | None:
+    """By seed, with what is asked for as ``test``; None where a run is missing."""
+    (network, size, labels), (norm, first, key) = cell, way
+    found = finals(study, study.arm(finetune_name(network, norm, size, labels, first)), results)
+    return None if found is None else [{**result, "test": result[key]} for result in found]
+
+
 def finetuning(study: Study, results: Results) -> str:
     """Finding 7."""
     rows = []
-    for norm, recalibrate in ARMS:
-        row = [NAMES[norm] + (", recalibrated first" if recalibrate else "")]
-        for network, size, labels in study.finetuned:
-            arm = study.arm(finetune_name(network, norm, size, labels, recalibrate))
-            found = finals(study, arm, results)
-            row.append(NONE if found is None else score(found))
-        rows.append(row)
+    for title, way in _ways().items():
+        found = [_finetuned(study, results, cell, way) for cell in study.finetuned]
+        rows.append([title, *(NONE if one is None else score(one) for one in found)])
     return markdown(["", *_cells(study)], rows)
 
 
-COMPARED = (
-    ("Batch Renorm less BatchNorm", ("br", False), ("bn", False)),
-    ("the same, both recalibrated first", ("br", True), ("bn", True)),
-    ("Batch Renorm, recalibrated first, less frozen, recalibrated first", ("br", True), ("frozen", True)),
-    ("Batch Renorm, recalibrated first, less GroupNorm", ("br", True), ("gn", False)),
-    ("what recalibrating first brings to BatchNorm", ("bn", True), ("bn", False)),
-    ("to BatchNorm, frozen", ("frozen", True), ("frozen", False)),
-    ("to Batch Renorm", ("br", True), ("br", False)),
+COMPARED: tuple[tuple[str, Way, Way], ...] = (
+    ("Batch Renorm less BatchNorm", ("br", False, AS_IS), ("bn", False, AS_IS)),
+    ("the same, both recalibrated first", ("br", True, AS_IS), ("bn", True, AS_IS)),
+    ("Batch Renorm less BatchNorm recalibrated afterwards", ("br", False, AS_IS), ("bn", False, AFTERWARDS)),
+    ("Batch Renorm less frozen", ("br", False, AS_IS), ("frozen", False, AS_IS)),
+    ("the same, both recalibrated first", ("br", True, AS_IS), ("frozen", True, AS_IS)),
+    ("Batch Renorm less GroupNorm", ("br", False, AS_IS), ("gn", False, AS_IS)),
+    ("what recalibrating first brings to BatchNorm", ("bn", True, AS_IS), ("bn", False, AS_IS)),
+    ("to BatchNorm, frozen", ("frozen", True, AS_IS), ("frozen", False, AS_IS)),
+    ("to Batch Renorm", ("br", True, AS_IS), ("br", False, AS_IS)),
 )
 """Of finding 7: what is taken from what."""
 
@@ -324,12 +346,8 @@ def comparisons(study: Study, results: Results) -> str:
     rows = []
     for title, *ways in COMPARED:
         row = [title]
-        for network, size, labels in study.finetuned:
-            arms = [
-                study.arm(finetune_name(network, norm, size, labels, recalibrate))
-                for norm, recalibrate in ways
-            ]
-            first, second = (finals(study, arm, results) for arm in arms)
+        for cell in study.finetuned:
+            first, second = (_finetuned(study, results, cell, way) for way in ways)
             row.append(NONE if first is None or second is None else _gap(values(first), values(second)))
         rows.append(row)
     return markdown(["points (p)", *_cells(study)], rows)
