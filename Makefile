@@ -56,7 +56,7 @@ picture: $(VENV)/.dev-installed
 zoo: $(VENV)/.dev-installed
 	PYTHONPATH=tests $(BIN)/python -m zoo
 
-# The findings of the paper, on Fashion-MNIST: nine hours, or with QUICK=1 a look in five minutes; both resumable.
+# The findings of the paper, on Fashion-MNIST: ten hours, or with QUICK=1 a look in five minutes; both resumable.
 paper: $(VENV)/.dev-installed
 	PYTHONPATH=examples $(BIN)/python -m paper $(if $(QUICK),--quick)
 
