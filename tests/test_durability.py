@@ -141,11 +141,12 @@ def test_a_disk_that_is_full_is_one_line(folder):
     assert sorted(os.listdir()) == ["in.pth", "mine_for_kills.py", "out.safetensors"]
 
 
-def test_three_hundred_mutated_files():
-    counts = fuzz(300, seed=0)
-    assert counts["0"] + counts["2"] > 250
+def test_a_hundred_mutated_files():
+    """``make fuzz`` does twenty thousand."""
+    counts = fuzz(100, seed=0)
+    assert counts["0"] + counts["2"] > 80
     assert counts["0"] > 0
-    assert counts["2"] > 100
+    assert counts["2"] > 30
 
 
 def test_a_shard_that_is_cut_while_it_is_read_is_noticed(tmp_path):
