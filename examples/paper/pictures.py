@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper.intervals import Mean, difference, mean
-from paper.settings import ARMS, LABELS, SIZES, Study, finetune_name
-from paper.tables import NAMES, NETWORKS, Results, ablated_title, finals, scratch, values
+from paper.settings import LABELS, SIZES, Study
+from paper.tables import AS_IS, NAMES, NETWORKS, Results, ablated_title, finetuned, scratch, values, ways
 
 COLOURS = {"bn": "#b5443c", "br": "#2f6db3", "frozen": "#8a8a8a", "gn": "#c79a2a"}
 SHIFTS = (-50, -10, -2, 0, 2, 10)  # marked on the axis of the ablation, which is linear to 5
@@ -162,25 +162,24 @@ def ablation(study: Study, results: Results) -> Figure | None:
 
 def finetuning(study: Study, results: Results) -> Figure | None:
     """Accuracy of each way to fine-tune, by network and kind of microbatch."""
-    cells, ways = study.finetuned, ARMS
+    cells = study.finetuned
+    shown = {title: way for title, way in ways().items() if way[2] == AS_IS}
     figure, (axis,) = _figure(8, 3.6)
-    for place, (norm, recalibrate) in enumerate(ways):
-        found = [
-            finals(study, study.arm(finetune_name(*cell[:1], norm, *cell[1:], recalibrate)), results)
-            for cell in cells
-        ]
+    for place, (title, way) in enumerate(shown.items()):
+        norm, recalibrate, _ = way
+        found = [finetuned(study, results, cell, way) for cell in cells]
         if None in found:
             return None
         points = [mean(values(one)) for one in found]
         axis.errorbar(
-            [cell + 0.09 * (place - len(ways) / 2) for cell in range(len(cells))],
+            [cell + 0.09 * (place - len(shown) / 2) for cell in range(len(cells))],
             [100 * point.value for point in points],
             _errors(points),
             fmt="o" if recalibrate else "s",
             color=COLOURS[norm],
             markerfacecolor=COLOURS[norm] if recalibrate else "white",
             capsize=2,
-            label=NAMES[norm] + (", recalibrated first" if recalibrate else ""),
+            label=title,
         )
     drawn = {LABELS: "shuffled", 1: "one label"}
     axis.set_xticks(

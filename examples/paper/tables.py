@@ -41,6 +41,9 @@ NETWORKS = {
     "mobilenet_v2": "MobileNetV2",
 }
 NONE = "to be run"
+AS_IS, AFTERWARDS = "test", "test_recalibrated"
+"""What the test images say of an arm: at the end of training, and with statistics counted anew after it."""
+
 BENCH = "python tests/bench/bench_layers.py --only layers,models --json examples/paper/bench.json"
 
 
@@ -81,11 +84,11 @@ def finals(study: Study, arm: Arm, results: Results) -> list[Result] | None:
     return [results[key] for key in runs] if all(key in results for key in runs) else None
 
 
-def values(found: Sequence[Result], key: str = "test") -> list[float]:
+def values(found: Sequence[Result], key: str = AS_IS) -> list[float]:
     return [result[key] for result in found]
 
 
-def score(found: Sequence[Result], key: str = "test") -> str:
+def score(found: Sequence[Result], key: str = AS_IS) -> str:
     """The mean of an arm in percent, and how many of its runs diverged."""
     diverged = sum(result["diverged"] for result in found)
     return mean(values(found, key)).percent() + (
@@ -130,9 +133,9 @@ def microbatch(study: Study, results: Results) -> str:
             cells = [NONE] * 8
             if bn is not None and br is not None and reference is not None:
                 closed = "" if size == 32 else _share(*(values(found) for found in (reference, bn, br)))
-                counted = values(bn, "test_recalibrated")
+                counted = values(bn, AFTERWARDS)
                 cells = [*_compared(bn, br), closed, _faster(bn, br)]
-                cells += [score(bn, "test_recalibrated"), _gap(values(br), counted)]
+                cells += [score(bn, AFTERWARDS), _gap(values(br), counted)]
             rows.append([NETWORKS[network], str(size), *cells])
     header = (
         "network",
@@ -201,7 +204,7 @@ def biased(study: Study, results: Results) -> str:
                         score(found),
                         "" if (norm, held) == ("bn", False) else _share(*levels),
                         "" if norm == "bn" else _p(values(found), values(bn)),
-                        score(found, "test_recalibrated"),
+                        score(found, AFTERWARDS),
                     ]
                 name = NAMES[norm] + (", held" if held else "")
                 rows.append([NETWORKS[network], str(labels), str(size), name, *figures])
@@ -298,20 +301,18 @@ def _gap(found: Sequence[float], base: Sequence[float]) -> str:
 Way = tuple[str, bool, str]
 """To fine-tune and to test: a norm, whether its statistics are counted first, and what of the result."""
 
-AS_IS, AFTERWARDS = "test", "test_recalibrated"
 
-
-def _ways() -> dict[str, Way]:
+def ways() -> dict[str, Way]:
     """Each by its title, in order."""
-    ways: dict[str, Way] = {}
+    found: dict[str, Way] = {}
     for norm, first in ARMS:
-        ways[NAMES[norm] + (", recalibrated first" if first else "")] = (norm, first, AS_IS)
+        found[NAMES[norm] + (", recalibrated first" if first else "")] = (norm, first, AS_IS)
         if norm in MOVING and not first:
-            ways[NAMES[norm] + ", recalibrated afterwards"] = (norm, first, AFTERWARDS)
-    return ways
+            found[NAMES[norm] + ", recalibrated afterwards"] = (norm, first, AFTERWARDS)
+    return found
 
 
-def _finetuned(study: Study, results: Results, cell: tuple[str, int, int], way: Way) -> list[Result] | None:
+def finetuned(study: Study, results: Results, cell: tuple[str, int, int], way: Way) -> list[Result] | None:
     """By seed, with what is asked for as ``test``; None where a run is missing."""
     (network, size, labels), (norm, first, key) = cell, way
     found = finals(study, study.arm(finetune_name(network, norm, size, labels, first)), results)
@@ -321,8 +322,8 @@ def _finetuned(study: Study, results: Results, cell: tuple[str, int, int], way: 
 def finetuning(study: Study, results: Results) -> str:
     """Finding 7."""
     rows = []
-    for title, way in _ways().items():
-        found = [_finetuned(study, results, cell, way) for cell in study.finetuned]
+    for title, way in ways().items():
+        found = [finetuned(study, results, cell, way) for cell in study.finetuned]
         rows.append([title, *(NONE if one is None else score(one) for one in found)])
     return markdown(["", *_cells(study)], rows)
 
@@ -344,10 +345,10 @@ COMPARED: tuple[tuple[str, Way, Way], ...] = (
 def comparisons(study: Study, results: Results) -> str:
     """Finding 7, seed by seed."""
     rows = []
-    for title, *ways in COMPARED:
+    for title, *pair in COMPARED:
         row = [title]
         for cell in study.finetuned:
-            first, second = (_finetuned(study, results, cell, way) for way in ways)
+            first, second = (finetuned(study, results, cell, way) for way in pair)
             row.append(NONE if first is None or second is None else _gap(values(first), values(second)))
         rows.append(row)
     return markdown(["points (p)", *_cells(study)], rows)
