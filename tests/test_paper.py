@@ -277,6 +277,36 @@ def test_results_are_gone_on_with(tmp_path):
     assert found == {run.key(): {"test": 0.5}, replace(run, seed=1).key(): {"test": 0.6}}
 
 
+def test_a_repeated_study_has_the_committed_settings_and_no_run_yet(tmp_path):
+    before = (PAPER / "results.jsonl").read_bytes()
+    result = run_study("--repeat", "--tables", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "paper-repeat" / "README.md").read_text()
+    assert tables.settings(FULL, committed()) in text
+    assert "0 of 0 runs" in text
+    assert tables.microbatch(FULL, {}) in text
+    assert [path.name for path in (tmp_path / "paper-repeat").iterdir()] == ["README.md"]
+    assert (PAPER / "results.jsonl").read_bytes().startswith(before)
+
+
+def test_repeated_runs_stand_beside_the_committed_ones():
+    arms = tuple(replace(arm, grid={}) for arm in FULL.main[:2])
+    study = replace(FULL, main=arms, finetuning=(), seeds=2)
+    first, second = (
+        [{run.key(): {"test": 0.5, "diverged": False} for run in arm.finals({}, 2)} for arm in arms]
+        for _ in range(2)
+    )
+    theirs = first[0] | first[1]
+    list(second[0].values())[1]["test"] = 0.52
+    lines = tables.repeated(study, theirs, second[0]).splitlines()
+    assert lines[0].startswith("1 of 2 runs")
+    assert lines[4:] == [f"| {arms[0].name} | 50.0 ± 0.0 | 51.0 ± 12.7 |"]
+    tuning = {arms[0].base.key(): {}, replace(arms[0].base, test=0, seed=1000).key(): {"validation": 0.5}}
+    records = Records(Path("nowhere"))
+    records.results |= tuning
+    assert list(records.choosing().values()) == [{"validation": 0.5}]
+
+
 def validated(arm, level):
     """What tuning an arm leads to, whose runs are as good as a function says."""
     results = {}

@@ -1,7 +1,8 @@
 """Does the runs that are not done yet, and writes tables and pictures of all.
 
-Stopped at any moment, it goes on where it was. Run ``make paper``, or ``make paper QUICK=1`` for a look in
-five minutes, whose results are kept apart.
+Stopped at any moment, it goes on where it was. Run ``make paper``; ``make paper REPEAT=1`` to see for
+yourself, with the settings that the committed results chose and every other run anew; ``make paper QUICK=1``
+for a look in five minutes. The results of the latter two are kept apart.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from paper.data import FOLDER, missing
 from paper.pictures import draw
 from paper.records import Records, machine
 from paper.settings import FULL, QUICK, Arm, Run, Study
-from paper.tables import fill, sections
+from paper.tables import fill, repeated, sections
 from paper.training import perform
 
 HERE = Path(__file__).parent
@@ -49,12 +50,17 @@ def main() -> int:
     study = QUICK if options.quick else FULL
     options.output.mkdir(parents=True, exist_ok=True)
     records = Records(options.output / "results.jsonl")
+    committed = Records(HERE / "results.jsonl")
+    if options.repeat:
+        records.results |= committed.choosing()
     if not options.tables:
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
             for part in options.only:
                 for title, runs in phases(study, part, records):
                     _do(title, runs, records, pool, options.data, console)
     found = sections(study, records.results, options.output / "bench.json")
+    if options.repeat:
+        found["repeated"] = repeated(study, committed.results, records.results)
     for name, table in found.items():
         console.print(f"\n{name}", style="bold")
         console.print(table, markup=False, soft_wrap=True)
@@ -121,7 +127,11 @@ def _do(
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="short runs of some arms, in five minutes")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="short runs of some arms, in five minutes")
+    extent.add_argument(
+        "--repeat", action="store_true", help="with the committed choice of settings, all other runs anew"
+    )
     parser.add_argument("--only", choices=PARTS, action="append", help="a part of the study; default: all")
     parser.add_argument("--tables", action="store_true", help="no runs: tables and pictures of what is there")
     parser.add_argument("--data", type=Path, default=FOLDER, help="folder of Fashion-MNIST's four files")
@@ -129,7 +139,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a core each")
     options = parser.parse_args()
     options.only = options.only or list(PARTS)
-    options.output = options.output or (Path("paper-quick") if options.quick else HERE)
+    apart = "paper-quick" if options.quick else "paper-repeat" if options.repeat else None
+    options.output = options.output or (Path(apart) if apart else HERE)
     options.data_missing = missing(options.data)
     return options
 

@@ -54,6 +54,10 @@ class Records:
             if record["run"]["protocol"] == PROTOCOL:
                 self.results[Run.from_dict(record["run"]).key()] = record["result"]
 
+    def choosing(self) -> dict[str, Result]:
+        """The results that settings are chosen from."""
+        return {key: result for key, result in self.results.items() if json.loads(key)["test"] == 0}
+
     def add(self, run: Run, result: Result, where: dict[str, Any]) -> None:
         self.results[run.key()] = result
         self.file.parent.mkdir(parents=True, exist_ok=True)

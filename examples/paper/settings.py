@@ -6,7 +6,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -76,7 +76,7 @@ class Run:
 
     def key(self) -> str:
         """The settings in one line, the same for equal ones."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(vars(self), sort_keys=True)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
@@ -190,7 +190,8 @@ class Arm:
 
     def finals(self, results: Results, seeds: int) -> list[Run]:
         """The runs whose test accuracy is reported."""
-        return [replace(self.chosen(results), seed=seed) for seed in range(seeds)]
+        chosen = self.chosen(results)
+        return [replace(chosen, seed=seed) for seed in range(seeds)]
 
 
 @dataclass(frozen=True)

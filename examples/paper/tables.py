@@ -396,3 +396,16 @@ def settings(study: Study, results: Results) -> str:
         picked = ", ".join(f"{name} {getattr(chosen, name):g}" for name in arm.grid)
         rows.append([arm.name, picked, f"{100 * best:.1f}", f"{len(runs)}: {tried}"])
     return markdown(("arm", "chosen", "validation accuracy", "tried"), rows)
+
+
+def repeated(study: Study, committed: Results, found: Results) -> str:
+    """Runs that were done again, beside the committed ones."""
+    again = [key for key in found if key in committed and AS_IS in found[key]]
+    same = sum(found[key][AS_IS] == committed[key][AS_IS] for key in again)
+    rows = []
+    for arm in (*study.main, *study.finetuning):
+        theirs, ours = finals(study, arm, committed), finals(study, arm, found)
+        if theirs is not None and ours is not None:
+            rows.append([arm.name, score(theirs), score(ours)])
+    table = markdown(("arm", "committed", "repeated"), rows)
+    return f"{same} of {len(again)} runs have the very test accuracy that is committed.\n\n{table}"
