@@ -21,6 +21,7 @@ from paper import pictures, tables
 from paper.data import Images, Sampler, load, missing
 from paper.intervals import difference, mean, p_value, ratio
 from paper.networks import Constant, Microbatches, Pooled, Workers, build, for_deployment, for_training
+from paper.phases import phases
 from paper.records import Records
 from paper.settings import FULL, QUICK, SCRATCH, Arm, Run
 from paper.training import hold, perform
@@ -410,6 +411,23 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
     assert "onnx" not in result
     assert tables.score([result, {**result, "diverged": False}]).endswith(" (1 of 2 diverged)")
     assert tables.steps_to([result, {**result, "curve": [(20, 0.9)]}], 0.5) is None
+
+
+def test_what_no_table_asks_for_is_not_measured(tmp_path):
+    """Variants are not recalibrated afterwards; what they are held against is, a final run of its arm."""
+    chosen, varied = phases(QUICK, "ablation", {})
+    arm = QUICK.arm(QUICK.ablations["ablation"][0][0])
+    assert chosen.runs == arm.finals({}, QUICK.few_seeds)
+    assert [run.ramp for run in varied.runs] == [False]
+    assert (chosen.afterwards, varied.afterwards) == (True, False)
+    run = replace(chosen.runs[0], steps=1, batch=16, test=20, seed=1)
+    found, less = (perform(run, made_up_data(tmp_path), afterwards=asked) for asked in (True, False))
+    assert set(found) - set(less) == {"test_recalibrated"}
+    assert found["test"] == less["test"]
+    phase = replace(chosen, runs=[run, run])
+    for results, due in (({}, [run]), ({run.key(): less}, [run]), ({run.key(): found}, [])):
+        assert phase.due(results) == due
+    assert replace(phase, afterwards=False).due({run.key(): less}) == []
 
 
 def test_a_run_that_has_diverged_is_not_held(tmp_path):

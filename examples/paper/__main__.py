@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -30,9 +29,10 @@ from rich.progress import (
 )
 
 from paper.data import FOLDER, missing
+from paper.phases import Phase, phases
 from paper.pictures import draw
 from paper.records import Records, machine
-from paper.settings import FULL, QUICK, Arm, Run, Study
+from paper.settings import FULL, QUICK
 from paper.tables import fill, repeated, sections
 from paper.training import perform
 
@@ -56,8 +56,8 @@ def main() -> int:
     if not options.tables:
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
             for part in options.only:
-                for title, runs in phases(study, part, records):
-                    _do(title, runs, records, pool, options.data, console)
+                for phase in phases(study, part, records.results):
+                    _do(phase, records, pool, options.data, console)
     found = sections(study, records.results, options.output / "bench.json")
     if options.repeat:
         found["repeated"] = repeated(study, committed.results, records.results)
@@ -71,38 +71,14 @@ def main() -> int:
     return 0
 
 
-def phases(study: Study, part: str, records: Records) -> Iterator[tuple[str, list[Run]]]:
-    """What is to be run, each phase decided when those before it are done."""
-    if part in study.ablations:
-        names, variants = study.ablations[part]
-        yield from _choosing(part, [study.arm(name) for name in names], records)
-        for name in names:
-            yield (
-                f"{part}: {name}",
-                [run for runs in study.ablation(name, variants, records.results).values() for run in runs],
-            )
-        return
-    arms = study.main if part == "main" else study.finetuning
-    yield from _choosing(part, arms, records)
-    seeds = study.seeds if part == "main" else study.few_seeds
-    for seed in range(seeds):  # seed by seed, so that a study in parts has all arms
-        yield f"{part}, seed {seed}", [arm.finals(records.results, seeds)[seed] for arm in arms]
-
-
-def _choosing(of: str, arms: Sequence[Arm], records: Records) -> Iterator[tuple[str, list[Run]]]:
-    while runs := [run for arm in arms for run in arm.due(records.results)]:
-        yield f"settings of {of}", runs
-
-
 def _do(
-    title: str,
-    runs: Iterable[Run],
+    phase: Phase,
     records: Records,
     pool: ProcessPoolExecutor,
     data: Path,
     console: Console,
 ) -> None:
-    due = {run.key(): run for run in runs if run.key() not in records.results}
+    due = phase.due(records.results)
     where = machine()
     columns = (
         TextColumn("{task.description}"),
@@ -112,8 +88,9 @@ def _do(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(title, total=len(due))
-        futures = {pool.submit(functools.partial(perform, run, data)): run for run in due.values()}
+        bar = progress.add_task(phase.title, total=len(due))
+        task = functools.partial(perform, folder=data, afterwards=phase.afterwards)
+        futures = {pool.submit(task, run): run for run in due}
         try:
             for future in as_completed(futures):
                 records.add(futures[future], future.result(), where)

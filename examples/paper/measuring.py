@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from paper.data import Images, Sampler
 from paper.networks import for_deployment
-from paper.settings import MOVING, Run
+from paper.settings import AFTERWARDS, AS_IS, Run
 from renormify import recalibrate
 from renormify.errors import InputError
 from renormify.onnx import export_onnx
@@ -44,6 +44,12 @@ def logits(model: nn.Module, images: Images) -> Tensor:
 def tested(model: nn.Module, run: Run, test: Images, unlabelled: list[Tensor]) -> dict[str, Any]:
     """What the test images say of a trained model.
 
+    Args:
+        model: as training left it.
+        run: that it comes from.
+        test: the images.
+        unlabelled: batches to count running statistics on; without any this is not done.
+
     Returns:
         ``test``, the accuracy in evaluation mode; of what was trained from scratch also ``test_by_batch``,
         with every microbatch normalised as in training, drawn from as many labels, and ``test_of_drawn``, of
@@ -52,11 +58,11 @@ def tested(model: nn.Module, run: Run, test: Images, unlabelled: list[Tensor]) -
         diverged; with seed 0 ``onnx``, how the exported file classifies.
     """
     expected = logits(model, test)
-    result: dict[str, Any] = {"test": _right(expected, test)}
+    result: dict[str, Any] = {AS_IS: _right(expected, test)}
     if run.from_scratch:
         result |= _by_batch(model, run, test)
-    if run.norm in MOVING and not run.recalibrate:
-        result["test_recalibrated"] = _recalibrated(model, test, unlabelled)
+    if unlabelled and run.is_counted_afterwards:
+        result[AFTERWARDS] = _recalibrated(model, test, unlabelled)
     if run.seed == 0 and _is_finite(model):
         result["onnx"] = _exported(model, test, expected)
     return result

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper.intervals import Mean, difference, mean
-from paper.settings import LABELS, SIZES, Study
-from paper.tables import AS_IS, NAMES, NETWORKS, Results, ablated_title, finetuned, scratch, values, ways
+from paper.settings import AS_IS, LABELS, SIZES, Study
+from paper.tables import NAMES, NETWORKS, Results, ablated_title, finetuned, scratch, values, ways
 
 COLOURS = {"bn": "#b5443c", "br": "#2f6db3", "frozen": "#8a8a8a", "gn": "#c79a2a"}
 SHIFTS = (-50, -10, -2, 0, 2, 10)  # marked on the axis of the ablation, which is linear to 5

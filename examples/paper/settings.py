@@ -20,6 +20,9 @@ RENORM = ("br", "pooled", "constant")
 MOVING = ("bn", *RENORM)
 """Norms whose running statistics move."""
 
+AS_IS, AFTERWARDS = "test", "test_recalibrated"
+"""What the test images say of a run: at the end of training, and with statistics counted anew after it."""
+
 TUNING_SEEDS = (1000, 1001, 1002)
 UNBOUNDED = 1e6
 
@@ -73,6 +76,11 @@ class Run:
     @property
     def from_scratch(self) -> bool:
         return self.network.startswith("plain")
+
+    @property
+    def is_counted_afterwards(self) -> bool:
+        """Whether its running statistics move, and were not counted first."""
+        return self.norm in MOVING and not self.recalibrate
 
     def key(self) -> str:
         """The settings in one line, the same for equal ones."""
@@ -313,7 +321,7 @@ ARMS = (
     ("br", True),
 )
 FINETUNE_RANGES = {
-    "lr": (3.125e-5, 1.25e-4, 5e-4, 2e-3, 8e-3, 3.2e-2),
+    "lr": (3.125e-5, 1.25e-4, 5e-4, 2e-3, 8e-3, 3.2e-2, 1.28e-1),
     "momentum": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
 }
 WITH_MOMENTUM = {"lr": (5e-4, 2e-3), "momentum": (0.03, 0.01)}

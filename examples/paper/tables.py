@@ -11,7 +11,9 @@ from pathlib import Path
 from paper.intervals import difference, mean, p_text, p_value, ratio
 from paper.records import Result
 from paper.settings import (
+    AFTERWARDS,
     ARMS,
+    AS_IS,
     BIASED,
     CELLS,
     CONTROLS,
@@ -41,8 +43,6 @@ NETWORKS = {
     "mobilenet_v2": "MobileNetV2",
 }
 NONE = "to be run"
-AS_IS, AFTERWARDS = "test", "test_recalibrated"
-"""What the test images say of an arm: at the end of training, and with statistics counted anew after it."""
 
 BENCH = "python tests/bench/bench_layers.py --only layers,models --json examples/paper/bench.json"
 

@@ -30,8 +30,13 @@ EVERY, WATCHED = 20, 1_000
 COUNTED = {"plain": 2_048, "pretrained": 256}
 
 
-def perform(run: Run, folder: Path) -> dict[str, Any]:
+def perform(run: Run, folder: Path, *, afterwards: bool = True) -> dict[str, Any]:
     """Does a run.
+
+    Args:
+        run: what to do.
+        folder: where the images are.
+        afterwards: whether what moves is also tested with statistics counted anew after training.
 
     Returns:
         ``validation``, the final accuracy on validation images, 5,000 or, where a pretrained network's
@@ -53,7 +58,8 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     validation = data.validation if run.from_scratch else data.validation.first(1_000)
     result["validation"] = accuracy(model, validation)
     if run.test:
-        result |= tested(model, run, data.test.first(run.test), _unlabelled(run, data))
+        unlabelled = _unlabelled(run, data) if afterwards else []
+        result |= tested(model, run, data.test.first(run.test), unlabelled)
     return result | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
