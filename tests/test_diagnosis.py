@@ -353,6 +353,12 @@ def test_a_converted_model_is_told_what_batch_renorm_is_for():
     assert "BatchNorm would do as well" in large["keep"].evidence
 
 
+def test_trained_statistics_may_be_frozen_instead_and_fresh_ones_not():
+    batches = list(torch.randn(20, 4, 64))
+    assert "freeze_stats(model)" in advice_of(trained(nn.BatchNorm1d(64)), batches)["renormify"].evidence
+    assert "freeze_stats" not in advice_of(nn.BatchNorm1d(64), batches)["renormify"].evidence
+
+
 def test_statistics_as_they_were_made_want_the_papers_schedule():
     found = advice_of(BatchRenorm1d(16), list(torch.randn(9, 32, 16) * 5 + 3))
     assert "look again" in found["keep"].evidence
