@@ -176,8 +176,8 @@ def _dependence_on_the_batch(layers: Sequence[LayerFigures], grouping: float | N
         if not any(layer.fresh for layer in plain):
             # In 200 steps of two pretrained networks on Fashion-MNIST frozen statistics led (examples/paper).
             does += (
-                "; or, for a short fine-tuning, freeze_stats(model) at a lower learning rate, by which no "
-                "batch is felt: compare the two"
+                "; or, for a short fine-tuning, freeze_stats(model), by which no batch is felt: compare the "
+                "two, each at its own learning rate"
             )
         yield Advice("renormify", _names(plain), f"{evidence}; {does}")
     if refused:
@@ -210,7 +210,8 @@ def _domain(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
             _names(drifted),
             f"the running statistics are {median:.2f} sigma off those of this data in the median layer, "
             f"the most in {_named(drifted[0])}: {drifted[0].drift:.2f}; Batch Renorm and evaluation are as "
-            "good as they: recalibrate(model, batches) before training",
+            "good as they: recalibrate(model, batches) before training, or leave them some hundred steps to "
+            "follow in; before statistics are frozen compare both",
         )
 
 

@@ -112,10 +112,11 @@ def recalibrate(
 ) -> tuple[str, ...]:
     r"""Gives each norm layer the exact mean and variance of its input over a data set, in evaluation mode.
 
-    In place of :func:`torch.optim.swa_utils.update_bn`, and the first step when a pretrained model meets data
-    of another domain. Batches count by their numbers of values, whatever their sizes; they are joined in
-    float64. As in training, ``running_var`` is the biased variance in a layer that averages sigma, and the
-    unbiased one in BatchNorm and with ``stat="var"``. ``num_batches_tracked`` becomes the number of batches.
+    In place of :func:`torch.optim.swa_utils.update_bn`, and for a model that meets data of another domain or
+    has been trained in small batches. Batches count by their numbers of values, whatever their sizes; they
+    are joined in float64. As in training, ``running_var`` is the biased variance in a layer that averages
+    sigma, and the unbiased one in BatchNorm and with ``stat="var"``. ``num_batches_tracked`` becomes the
+    number of batches.
 
     The layers are done one after another in the order of execution, each while all before it normalise by
     their new statistics. So every layer has the statistics of the very input that it will get, and the size
