@@ -173,7 +173,7 @@ def _dependence_on_the_batch(layers: Sequence[LayerFigures], grouping: float | N
     plain = [layer for layer in harmed if not layer.renormed and not layer.refusal]
     if plain:
         does = "renormify(model) corrects it by r and d"
-        if not any(layer.fresh for layer in plain):
+        if not all(layer.fresh for layer in plain):
             # In 200 steps of two pretrained networks on Fashion-MNIST frozen statistics led (examples/paper).
             does += (
                 "; or, for a short fine-tuning, freeze_stats(model), by which no batch is felt: compare the "

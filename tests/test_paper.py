@@ -288,17 +288,27 @@ def test_a_repeated_study_has_the_committed_settings_and_no_run_yet(tmp_path):
     assert tables.microbatch(FULL, {}) in text
     assert [path.name for path in (tmp_path / "paper-repeat").iterdir()] == ["README.md"]
     assert (PAPER / "results.jsonl").read_bytes().startswith(before)
+    result = run_study("--repeat", "--tables", "--output", str(PAPER), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "a folder of its own" in result.stderr
 
 
 def test_repeated_runs_stand_beside_the_committed_ones():
     arms = tuple(replace(arm, grid={}) for arm in FULL.main[:2])
     study = replace(FULL, main=arms, finetuning=(), seeds=2)
     first, second = (
-        [{run.key(): {"test": 0.5, "diverged": False} for run in arm.finals({}, 2)} for arm in arms]
+        [
+            {
+                run.key(): {"test": 0.5, "test_recalibrated": 0.5, "diverged": False}
+                for run in arm.finals({}, 2)
+            }
+            for arm in arms
+        ]
         for _ in range(2)
     )
     theirs = first[0] | first[1]
     list(second[0].values())[1]["test"] = 0.52
+    assert tables.repeated(study, theirs, {key: {"test": 0.5} for key in theirs}).count("|") == 8  # no rows
     lines = tables.repeated(study, theirs, second[0]).splitlines()
     assert lines[0].startswith("1 of 2 runs")
     assert lines[4:] == [f"| {arms[0].name} | 50.0 ± 0.0 | 51.0 ± 12.7 |"]

@@ -36,7 +36,7 @@ from paper.settings import FULL, QUICK
 from paper.tables import fill, repeated, sections
 from paper.training import perform
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 PARTS = ("main", "ablation", "finetuning", "defaults")
 
 
@@ -118,6 +118,8 @@ def _options() -> argparse.Namespace:
     options.only = options.only or list(PARTS)
     apart = "paper-quick" if options.quick else "paper-repeat" if options.repeat else None
     options.output = options.output or (Path(apart) if apart else HERE)
+    if options.repeat and options.output.resolve() == HERE:
+        parser.error("--repeat needs a folder of its own, since the committed results are not to be touched")
     options.data_missing = missing(options.data)
     return options
 

@@ -164,7 +164,7 @@ def finetuning(study: Study, results: Results) -> Figure | None:
     """Accuracy of each way to fine-tune, by network and kind of microbatch."""
     cells = study.finetuned
     shown = {title: way for title, way in ways().items() if way[2] == AS_IS}
-    figure, (axis,) = _figure(8, 3.6)
+    figure, (axis,) = _figure(8, 4)
     for place, (title, way) in enumerate(shown.items()):
         norm, recalibrate, _ = way
         found = [finetuned(study, results, cell, way) for cell in cells]
@@ -185,6 +185,6 @@ def finetuning(study: Study, results: Results) -> Figure | None:
     axis.set_xticks(
         range(len(cells)), [f"{NETWORKS[n]}\n{size}, {drawn[labels]}" for n, size, labels in cells]
     )
-    axis.set(ylabel="test accuracy, %")
-    axis.legend(ncols=2, fontsize=8)
+    axis.set(ylabel="test accuracy, %", ylim=(0, 100))  # where intervals of three seeds may end outside
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8)
     return figure

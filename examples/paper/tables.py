@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paper.intervals import difference, mean, p_text, p_value, ratio
+from paper.phases import Phase
 from paper.records import Result
 from paper.settings import (
     AFTERWARDS,
@@ -80,8 +81,8 @@ def finals(study: Study, arm: Arm, results: Results) -> list[Result] | None:
     """An arm's results by seed; None where a run is missing."""
     if not arm.is_tuned(results):
         return None
-    runs = [run.key() for run in arm.finals(results, study.seeds_of(arm))]
-    return [results[key] for key in runs] if all(key in results for key in runs) else None
+    runs = Phase(arm.name, arm.finals(results, study.seeds_of(arm)))
+    return None if runs.due(results) else [results[run.key()] for run in runs.runs]
 
 
 def values(found: Sequence[Result], key: str = AS_IS) -> list[float]:
@@ -335,6 +336,9 @@ COMPARED: tuple[tuple[str, Way, Way], ...] = (
     ("Batch Renorm less frozen", ("br", False, AS_IS), ("frozen", False, AS_IS)),
     ("the same, both recalibrated first", ("br", True, AS_IS), ("frozen", True, AS_IS)),
     ("Batch Renorm less GroupNorm", ("br", False, AS_IS), ("gn", False, AS_IS)),
+    ("Batch Renorm recalibrated afterwards less as it is", ("br", False, AFTERWARDS), ("br", False, AS_IS)),
+    ("frozen less BatchNorm", ("frozen", False, AS_IS), ("bn", False, AS_IS)),
+    ("frozen less GroupNorm", ("frozen", False, AS_IS), ("gn", False, AS_IS)),
     ("what recalibrating first brings to BatchNorm", ("bn", True, AS_IS), ("bn", False, AS_IS)),
     ("to BatchNorm, frozen", ("frozen", True, AS_IS), ("frozen", False, AS_IS)),
     ("to Batch Renorm", ("br", True, AS_IS), ("br", False, AS_IS)),
