@@ -234,6 +234,8 @@ def test_small_batches_call_for_batch_renorm_and_large_shuffled_ones_do_not(mobi
     assert "renormify" in one_class
     assert "keep" not in one_class
     assert "not drawn at random" in one_class["renormify"].evidence
+    assert list(one_class).index("freeze") < list(one_class).index("renormify")
+    assert one_class["freeze"].layers == one_class["renormify"].layers
 
 
 def test_data_of_another_domain_wants_recalibrating_and_then_does_not(efficientnet_lite0, digits):
@@ -303,7 +305,7 @@ def test_with_one_or_two_values_per_channel_another_norm():
         found = advice_of(trained(BatchRenorm1d(8)), list(torch.randn(20, n, 8)))
         assert found["other_norm"].layers == ("",)
         assert f"at most {n} values per channel" in found["other_norm"].evidence
-        assert "freeze" in found
+        assert next(iter(found)) == "freeze"  # trained statistics before a norm that has to be trained anew
         assert "keep" not in found
     assert "freeze" not in advice_of(BatchRenorm1d(8), list(torch.randn(20, 2, 8)))
     assert "other_norm" not in advice_of(trained(BatchRenorm1d(8)), list(torch.randn(20, 3, 8)))
@@ -353,10 +355,17 @@ def test_a_converted_model_is_told_what_batch_renorm_is_for():
     assert "BatchNorm would do as well" in large["keep"].evidence
 
 
-def test_trained_statistics_may_be_frozen_instead_and_fresh_ones_not():
+@pytest.mark.parametrize(("norm", "action"), [(nn.BatchNorm1d, "renormify"), (BatchRenorm1d, "keep")])
+def test_trained_statistics_may_be_frozen_instead_and_fresh_ones_not(norm, action):
     batches = list(torch.randn(20, 4, 64))
-    assert "freeze_stats(model)" in advice_of(trained(nn.BatchNorm1d(64)), batches)["renormify"].evidence
-    assert "freeze_stats" not in advice_of(nn.BatchNorm1d(64), batches)["renormify"].evidence
+    assert "freeze_stats(model)" in advice_of(trained(norm(64)), batches)[action].evidence
+    assert "freeze_stats" not in advice_of(norm(64), batches)[action].evidence
+    grouped = list(torch.randn(20, 4, 64) + 3 * torch.randn(20, 1, 64))
+    found = advice_of(trained(norm(64)), grouped)
+    assert list(found)[:2] == ["freeze", action]
+    assert "not drawn at random" in found["freeze"].evidence
+    assert "freeze_stats" not in found[action].evidence  # said once
+    assert "freeze" not in advice_of(norm(64), grouped)
 
 
 def test_statistics_as_they_were_made_want_the_papers_schedule():
