@@ -58,8 +58,16 @@ zoo: $(VENV)/.dev-installed
 
 # The findings of the paper, on Fashion-MNIST, resumable: what is not committed; with REPEAT=1 all but the choice of
 # settings anew, in four to five hours; with QUICK=1 a look in five minutes.
-paper: $(VENV)/.dev-installed
-	PYTHONPATH=examples $(BIN)/python -m paper $(if $(QUICK),--quick) $(if $(REPEAT),--repeat)
+QUICK_PAPER  := $(filter-out 0,$(QUICK))
+REPEAT_PAPER := $(filter-out 0,$(REPEAT))
+STEP_COST    := $(if $(QUICK_PAPER),,$(if $(REPEAT_PAPER),paper-repeat,examples/paper)/bench.json)
+paper: $(VENV)/.dev-installed $(if $(wildcard $(STEP_COST)),,$(STEP_COST))
+	PYTHONPATH=examples $(BIN)/python -m paper $(if $(QUICK_PAPER),--quick) $(if $(REPEAT_PAPER),--repeat)
+
+# Finding 5.
+%/bench.json: $(VENV)/.bench-installed
+	mkdir -p $(@D)
+	$(BIN)/python tests/bench/bench_layers.py --only layers,models --json $@
 
 # A stamp older than what it was made from, or none, means an environment that may be out of date.
 $(VENV)/.demo-installed: pyproject.toml Makefile $(STALE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -66,3 +67,24 @@ def test_where_there_is_no_python_it_says_so(folder, broken):
     assert result.returncode == 2
     assert result.stderr.startswith("no Python found: install 3.10 or newer, or name one: make PYTHON=")
     assert log == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["paper"]),
+        (["QUICK=1"], ["paper", "--quick"]),
+        (["REPEAT=1"], ["paper", "--repeat"]),
+        (["QUICK=0", "REPEAT=0"], ["paper"]),
+    ],
+)
+def test_the_study_and_the_cost_of_a_step_that_it_lacks(folder, arguments, expected):
+    """Of the committed results nothing is lacking; a repetition measures the cost anew."""
+    shutil.copytree(ROOT / "examples" / "paper", folder / "examples" / "paper")
+    command = ["make", "--dry-run", "paper", *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].split(" -m ")[1].split() == expected
+    measured = re.findall(r"--json (\S+)", result.stdout)
+    assert measured == (["paper-repeat/bench.json"] if arguments == ["REPEAT=1"] else [])
+    assert ("[bench]" in result.stdout) == bool(measured)

@@ -272,10 +272,14 @@ def test_results_are_gone_on_with(tmp_path):
         stream.write('{"run": {"netw')  # stopped while it wrote
     Records(tmp_path / "r.jsonl").add(replace(run, seed=1), {"test": 0.6}, {})
     with (tmp_path / "r.jsonl").open("a") as stream:
-        former = {"run": {**json.loads(run.key()), "seed": 2, "protocol": 0}, "result": {}}
+        former = {"run": {**json.loads(run.key()), "seed": 2, "protocol": 0}, "result": {}, "machine": {}}
         stream.write(json.dumps(former) + "\n")
-    found = Records(tmp_path / "r.jsonl").results
-    assert found == {run.key(): {"test": 0.5}, replace(run, seed=1).key(): {"test": 0.6}}
+    records = Records(tmp_path / "r.jsonl")
+    assert records.results == {run.key(): {"test": 0.5}, replace(run, seed=1).key(): {"test": 0.6}}
+    where = {"processor": "Z80", "system": "CP/M", "cores": 1, "torch": "2"}
+    records.add(replace(run, seed=2), {"test": 0.7}, where)
+    for now in (records, Records(tmp_path / "r.jsonl")):
+        assert tables.machines(now).splitlines()[2:] == ["| 2 |  |  |", "| 1 | Z80, CP/M, 1 | torch 2 |"]
 
 
 def test_a_repeated_study_has_the_committed_settings_and_no_run_yet(tmp_path):
@@ -283,7 +287,7 @@ def test_a_repeated_study_has_the_committed_settings_and_no_run_yet(tmp_path):
     result = run_study("--repeat", "--tables", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "paper-repeat" / "README.md").read_text()
-    assert tables.settings(FULL, committed()) in text
+    assert tables.settings(FULL, committed().results) in text
     assert "0 of 0 runs" in text
     assert tables.microbatch(FULL, {}) in text
     assert [path.name for path in (tmp_path / "paper-repeat").iterdir()] == ["README.md"]
@@ -293,9 +297,26 @@ def test_a_repeated_study_has_the_committed_settings_and_no_run_yet(tmp_path):
     assert "a folder of its own" in result.stderr
 
 
+@pytest.mark.parametrize("part", ["main", "ablation", "finetuning", "defaults"])
+def test_a_repeated_study_does_all_runs_but_the_choice_of_settings(part):
+    """Each that is due has a committed result, and with these the part is whole."""
+    records = committed()
+    found = records.choosing()
+    for phase in phases(FULL, part, found):
+        for run in phase.due(found):
+            assert run.test == 10_000
+            found[run.key()] = records.results[run.key()]
+    assert len(found) > len(records.choosing())
+    for phase in phases(FULL, part, records.results):
+        assert {run.key() for run in phase.runs} <= found.keys()
+
+
 def test_repeated_runs_stand_beside_the_committed_ones():
     arms = tuple(replace(arm, grid={}) for arm in FULL.main[:2])
-    study = replace(FULL, main=arms, finetuning=(), seeds=2)
+    variants = {"as chosen": {}, "no ramp": {"ramp": False}}
+    study = replace(
+        FULL, main=arms, finetuning=(), seeds=2, few_seeds=1, ablations={"a": ((arms[0].name,), variants)}
+    )
     first, second = (
         [
             {
@@ -308,10 +329,16 @@ def test_repeated_runs_stand_beside_the_committed_ones():
     )
     theirs = first[0] | first[1]
     list(second[0].values())[1]["test"] = 0.52
-    assert tables.repeated(study, theirs, {key: {"test": 0.5} for key in theirs}).count("|") == 8  # no rows
+    uncounted = {key: {"test": 0.5, "diverged": False} for key in first[0]}  # which an arm's row asks for
+    assert tables.repeated(study, theirs, uncounted).splitlines()[4:] == [
+        f"| {arms[0].name}: as chosen | 50.0 | 50.0 |"
+    ]
     lines = tables.repeated(study, theirs, second[0]).splitlines()
     assert lines[0].startswith("1 of 2 runs")
-    assert lines[4:] == [f"| {arms[0].name} | 50.0 ± 0.0 | 51.0 ± 12.7 |"]
+    assert lines[4:] == [
+        f"| {arms[0].name} | 50.0 ± 0.0 | 51.0 ± 12.7 |",
+        f"| {arms[0].name}: as chosen | 50.0 | 50.0 |",
+    ]
     tuning = {arms[0].base.key(): {}, replace(arms[0].base, test=0, seed=1000).key(): {"validation": 0.5}}
     records = Records(Path("nowhere"))
     records.results |= tuning
@@ -509,7 +536,7 @@ def test_an_end_leaves_no_worker_behind_and_keeps_what_is_done(tmp_path, ended):
 
 
 def committed():
-    return Records(PAPER / "results.jsonl").results
+    return Records(PAPER / "results.jsonl")
 
 
 def test_the_committed_tables_are_those_of_the_committed_results():
@@ -524,7 +551,7 @@ def numbers(text):
 
 
 def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path):
-    drawn = pictures.draw(FULL, committed(), tmp_path)
+    drawn = pictures.draw(FULL, committed().results, tmp_path)
     assert {path.name for path in drawn} == {path.name for path in PAPER.glob("*.svg")}
     for path in drawn:
         (words, places), (old_words, old_places) = (

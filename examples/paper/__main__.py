@@ -50,16 +50,16 @@ def main() -> int:
     study = QUICK if options.quick else FULL
     options.output.mkdir(parents=True, exist_ok=True)
     records = Records(options.output / "results.jsonl")
-    committed = Records(HERE / "results.jsonl")
-    if options.repeat:
+    committed = Records(HERE / "results.jsonl") if options.repeat else None
+    if committed is not None:
         records.results |= committed.choosing()
     if not options.tables:
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
             for part in options.only:
                 for phase in phases(study, part, records.results):
                     _do(phase, records, pool, options.data, console)
-    found = sections(study, records.results, options.output / "bench.json")
-    if options.repeat:
+    found = sections(study, records, options.output / "bench.json")
+    if committed is not None:
         found["repeated"] = repeated(study, committed.results, records.results)
     for name, table in found.items():
         console.print(f"\n{name}", style="bold")

@@ -39,11 +39,16 @@ class Records:
     Args:
         file: is appended to, one line as each run is done; a line that was cut off, or got by a former way of
             doing runs, does not count.
+
+    Attributes:
+        results: by :meth:`Run.key`.
+        machines: how many of the lines were got with each :func:`machine`, in JSON.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.results: dict[str, Result] = {}
+        self.machines: dict[str, int] = {}
         text = file.read_text() if file.exists() else ""
         self._gap = "\n" if text and not text.endswith("\n") else ""
         for line in text.splitlines():
@@ -52,14 +57,19 @@ class Records:
             except json.JSONDecodeError:
                 continue
             if record["run"]["protocol"] == PROTOCOL:
-                self.results[Run.from_dict(record["run"]).key()] = record["result"]
+                self._keep(Run.from_dict(record["run"]), record["result"], record["machine"])
 
     def choosing(self) -> dict[str, Result]:
         """The results that settings are chosen from."""
         return {key: result for key, result in self.results.items() if json.loads(key)["test"] == 0}
 
-    def add(self, run: Run, result: Result, where: dict[str, Any]) -> None:
+    def _keep(self, run: Run, result: Result, where: dict[str, Any]) -> None:
         self.results[run.key()] = result
+        name = json.dumps(where)
+        self.machines[name] = self.machines.get(name, 0) + 1
+
+    def add(self, run: Run, result: Result, where: dict[str, Any]) -> None:
+        self._keep(run, result, where)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as stream:
             record = {"run": json.loads(run.key()), "result": result, "machine": where}

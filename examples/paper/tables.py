@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paper.intervals import difference, mean, p_text, p_value, ratio
 from paper.phases import Phase
-from paper.records import Result
+from paper.records import Records, Result
 from paper.settings import (
     AFTERWARDS,
     ARMS,
@@ -48,9 +48,11 @@ NONE = "to be run"
 BENCH = "python tests/bench/bench_layers.py --only layers,models --json examples/paper/bench.json"
 
 
-def sections(study: Study, results: Results, bench: Path | None = None) -> dict[str, str]:
+def sections(study: Study, records: Records, bench: Path | None = None) -> dict[str, str]:
     """Each table by its name, in Markdown; what has not been run says so."""
+    results = records.results
     return {
+        "machines": machines(records),
         "microbatch": microbatch(study, results),
         "biased": biased(study, results),
         "controls": controls(study, results),
@@ -402,6 +404,17 @@ def settings(study: Study, results: Results) -> str:
     return markdown(("arm", "chosen", "validation accuracy", "tried"), rows)
 
 
+def machines(records: Records) -> str:
+    """What the runs were done with."""
+    rows = []
+    for name, runs in records.machines.items():
+        about = json.loads(name)
+        place = ", ".join(str(about.pop(key)) for key in ("processor", "system", "cores") if key in about)
+        versions = ", ".join(f"{library} {version}" for library, version in about.items())
+        rows.append([f"{runs:,}", place, versions])
+    return markdown(("runs", "processor, system, cores", "versions"), rows)
+
+
 def repeated(study: Study, committed: Results, found: Results) -> str:
     """Runs that were done again, beside the committed ones."""
     again = [key for key in found if key in committed and AS_IS in found[key]]
@@ -411,5 +424,11 @@ def repeated(study: Study, committed: Results, found: Results) -> str:
         theirs, ours = finals(study, arm, committed), finals(study, arm, found)
         if theirs is not None and ours is not None:
             rows.append([arm.name, score(theirs), score(ours)])
+    for names, variants in study.ablations.values():
+        for name in names:
+            for variant, runs in study.ablation(name, variants, committed).items():
+                theirs, ours = ([of.get(run.key()) for run in runs] for of in (committed, found))
+                if None not in theirs and None not in ours:
+                    rows.append([f"{name}: {variant}", score(theirs), score(ours)])
     table = markdown(("arm", "committed", "repeated"), rows)
     return f"{same} of {len(again)} runs have the very test accuracy that is committed.\n\n{table}"
