@@ -15,6 +15,7 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import NoReturn
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, each of which does one run
 
@@ -46,7 +47,7 @@ def main() -> int:
     if options.data_missing and not options.tables:
         console.print(options.data_missing, style="red", markup=False, soft_wrap=True)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _end)
     study = QUICK if options.quick else FULL
     options.output.mkdir(parents=True, exist_ok=True)
     records = Records(options.output / "results.jsonl")
@@ -69,6 +70,12 @@ def main() -> int:
     readme.write_text(fill(readme.read_text() if readme.exists() else "", found))
     console.print(f"\nTables, pictures and results are in {options.output}", soft_wrap=True)
     return 0
+
+
+def _end(*_: object) -> NoReturn:
+    """Asked once to end, it does so; asked again, it is not kept from tidying up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def _do(
