@@ -528,7 +528,10 @@ def test_an_end_leaves_no_worker_behind_and_keeps_what_is_done(tmp_path, ended):
     _, said = process.communicate(timeout=30)
     assert process.returncode == (143 if ended == signal.SIGTERM else 1)
     assert "Traceback" not in said
-    assert len(Records(results).results) >= 1
+    records = Records(results)
+    assert len(records.results) >= 1
+    (where,) = map(json.loads, records.machines)
+    assert where["instructions"] == torch.backends.cpu.get_cpu_capability()
     for _ in range(50):  # the group is gone with its last process
         try:
             os.killpg(process.pid, 0)

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from paper.settings import PROTOCOL, Run
 
 LIBRARIES = ("renormify", "torch", "torchvision", "efficientnet-lite-pytorch", "numpy", "onnxruntime")
@@ -22,6 +24,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # by which runs differ in their last bits
         "system": platform.system(),
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},

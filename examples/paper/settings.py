@@ -29,7 +29,9 @@ UNBOUNDED = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training, whole and reproducible: the same settings give the same result on the same machine.
+    """One training, whole and reproducible.
+
+    The same settings give the same result, to the last bit, with the same versions and instruction set.
 
     Attributes:
         network: "plain6", "plain14" and "plain20", so many convolutions in a row, are trained from scratch;

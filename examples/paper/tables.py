@@ -44,6 +44,7 @@ NETWORKS = {
     "mobilenet_v2": "MobileNetV2",
 }
 NONE = "to be run"
+PLACE = ("processor", "system", "cores", "instructions")
 
 BENCH = "python tests/bench/bench_layers.py --only layers,models --json examples/paper/bench.json"
 
@@ -409,10 +410,10 @@ def machines(records: Records) -> str:
     rows = []
     for name, runs in records.machines.items():
         about = json.loads(name)
-        place = ", ".join(str(about.pop(key)) for key in ("processor", "system", "cores") if key in about)
+        place = ", ".join(str(about.pop(key)) for key in PLACE if key in about)
         versions = ", ".join(f"{library} {version}" for library, version in about.items())
         rows.append([f"{runs:,}", place, versions])
-    return markdown(("runs", "processor, system, cores", "versions"), rows)
+    return markdown(("runs", ", ".join(PLACE), "versions"), rows)
 
 
 def repeated(study: Study, committed: Results, found: Results) -> str:
