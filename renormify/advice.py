@@ -124,8 +124,8 @@ def _few_values(layers: Sequence[LayerFigures]) -> Iterator[Advice]:
         yield Advice(
             "freeze",
             _names(trained),
-            f"{evidence}; {_count(trained, few)} of these have trained running statistics, which need no "
-            "batch: freeze_stats(model, filter_fn=...)",
+            f"{evidence}; trained running statistics, those of {len(trained)} of these, need no batch: "
+            "freeze_stats(model, filter_fn=...)",
         )
     yield Advice(
         "other_norm",
@@ -179,7 +179,7 @@ def _dependence_on_the_batch(layers: Sequence[LayerFigures], grouping: float | N
         yield Advice(
             "freeze",
             _names(trained),
-            f"{evidence}; trained running statistics need no batch: to fine-tune try freeze_stats(model) "
+            f"{evidence}; trained running statistics need no batch: to fine-tune try {_freezing(harmed)} "
             "first, by which none is felt",
         )
     if plain:
@@ -212,9 +212,14 @@ def _or_freeze(layers: Sequence[LayerFigures], grouped: bool) -> str:
     if grouped or all(layer.fresh for layer in layers):
         return ""
     return (
-        "; or, for a short fine-tuning, freeze_stats(model), by which no batch is felt: compare both, each "
+        f"; or, for a short fine-tuning, {_freezing(layers)}, by which no batch is felt: compare both, each "
         "at its own learning rate"
     )
+
+
+def _freezing(layers: Sequence[LayerFigures]) -> str:
+    """The call that freezes the trained ones."""
+    return f"freeze_stats(model{', filter_fn=...' if any(layer.fresh for layer in layers) else ''})"
 
 
 def _domain(layers: Sequence[LayerFigures]) -> Iterator[Advice]:

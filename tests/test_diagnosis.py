@@ -366,6 +366,11 @@ def test_trained_statistics_may_be_frozen_instead_and_fresh_ones_not(norm, actio
     assert "not drawn at random" in found["freeze"].evidence
     assert "freeze_stats" not in found[action].evidence  # said once
     assert "freeze" not in advice_of(norm(64), grouped)
+    part = nn.Sequential(trained(norm(64)), norm(64))  # the other's statistics say nothing yet
+    assert "freeze_stats(model, filter_fn=...)" in advice_of(part, batches)[action].evidence
+    found = advice_of(part, grouped)
+    assert found["freeze"].layers == ("0",)
+    assert "freeze_stats(model, filter_fn=...)" in found["freeze"].evidence
 
 
 def test_statistics_as_they_were_made_want_the_papers_schedule():
