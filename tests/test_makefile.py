@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -81,8 +82,9 @@ def test_where_there_is_no_python_it_says_so(folder, broken):
 def test_the_study_and_the_cost_of_a_step_that_it_lacks(folder, arguments, expected):
     """Of the committed results nothing is lacking; a repetition measures the cost anew."""
     shutil.copytree(ROOT / "examples" / "paper", folder / "examples" / "paper")
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "--dry-run", "paper", *arguments]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].split(" -m ")[1].split() == expected
     measured = re.findall(r"--json (\S+)", result.stdout)
