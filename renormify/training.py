@@ -115,9 +115,10 @@ def recalibrate(
     In place of :func:`torch.optim.swa_utils.update_bn`, and for a model that meets data of another domain or
     has been trained in small batches. Batches count by their numbers of values, whatever their sizes; they
     are joined in float64. Compare before you fine-tune from them: in the study of examples/paper they served
-    frozen layers less well than the pretrained ones. As in training, ``running_var`` is the biased variance
-    in a layer that averages sigma, and the unbiased one in BatchNorm and with ``stat="var"``.
-    ``num_batches_tracked`` becomes the number of batches.
+    frozen layers less well than the pretrained ones. Nor are they for a model whose statistics were held
+    while it was trained, or for Batch Renorm after training on batches of one label: there they cost 3 to 28
+    points. As in training, ``running_var`` is the biased variance in a layer that averages sigma, and the
+    unbiased one in BatchNorm and with ``stat="var"``. ``num_batches_tracked`` becomes the number of batches.
 
     The layers are done one after another in the order of execution, each while all before it normalise by
     their new statistics. So every layer has the statistics of the very input that it will get, and the size

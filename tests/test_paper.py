@@ -223,7 +223,7 @@ def test_tables_of_made_up_results():
     ]
     assert lines[4] == (
         "| 20 layers | 2 | 80.4 ± 5.1 | 86.5 ± 6.4 | 6.1 ± 1.3 | 0.010 | 60 % (55 to 65) | 200 / 100 "
-        "| 77.4 ± 5.1 | +9.1 (0.007) |"
+        "| 77.4 ± 5.1 | -30 % (-34 to -26) | +9.1 (0.007) |"
     )
     assert "| 20 layers | 4 |" in lines[3]
     assert "50 %" in lines[3]

@@ -134,12 +134,13 @@ def microbatch(study: Study, results: Results) -> str:
         reference = scratch(study, results, network, "bn", 32)
         for size in SIZES:
             bn, br = (scratch(study, results, network, norm, size) for norm in ("bn", "br"))
-            cells = [NONE] * 8
+            cells = [NONE] * 9
             if bn is not None and br is not None and reference is not None:
-                closed = "" if size == 32 else _share(*(values(found) for found in (reference, bn, br)))
                 counted = values(bn, AFTERWARDS)
-                cells = [*_compared(bn, br), closed, _faster(bn, br)]
-                cells += [score(bn, AFTERWARDS), _gap(values(br), counted)]
+                ends = values(reference), values(bn)
+                ours, theirs = ("" if size == 32 else _share(*ends, won) for won in (values(br), counted))
+                cells = [*_compared(bn, br), ours, _faster(bn, br)]
+                cells += [score(bn, AFTERWARDS), theirs, _gap(values(br), counted)]
             rows.append([NETWORKS[network], str(size), *cells])
     header = (
         "network",
@@ -151,6 +152,7 @@ def microbatch(study: Study, results: Results) -> str:
         "gap closed",
         "steps to BatchNorm's end",
         "BatchNorm, recalibrated afterwards",
+        "gap closed by that",
         "Batch Renorm less that (p)",
     )
     return markdown(header, rows)
